@@ -1,0 +1,214 @@
+"""A minibatch as rows: counting its samples, taking some of them, and recognising them in a microbatch.
+
+A batch is any nest of tuples, lists and mappings. Its *sample leaves* are the tensors and arrays of leading
+length M, and the lists of M values (strings, say); everything else belongs to the batch as a whole.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["copy_structure", "count_samples", "get_item", "match_rows", "take_samples", "tensor_leaves"]
+
+
+def get_item(batch: Any, key: Any, name: str) -> Any:
+    """What ``key`` names in a batch, by Composer's rules, or a clear error that tells which parameter is wrong.
+
+    Args:
+        batch (Any): A batch.
+        key (Any): An index, a string, a getter, or a pair of getter and setter.
+        name (str): The parameter the key came from, for the error message.
+
+    Raises:
+        ValueError: If the batch has nothing at that key.
+    """
+    from composer.utils.batch_helpers import batch_get
+
+    try:
+        return batch_get(batch, key)
+    except (LookupError, AttributeError, TypeError) as error:
+        held = f" with the keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else ""
+        if isinstance(batch, Sequence):
+            held = f" of length {len(batch)}"
+        raise ValueError(
+            f"{name}={key!r} names nothing in the batch, a {type(batch).__name__}{held}. "
+            f"Pass the {name} that holds it: an index, a key, or a pair of a getter and a setter."
+        ) from error
+
+
+def count_samples(batch: Any, input_key: Any = 0, target_key: Any = 1) -> int:
+    """The number of samples M of a batch: the common leading length of its inputs and targets.
+
+    Args:
+        batch (Any): A batch.
+        input_key (Any, optional): Where its inputs are. Default: ``0``.
+        target_key (Any, optional): Where its targets are. Default: ``1``.
+
+    Raises:
+        ValueError: If a key names nothing, lengths differ, something has no length, or the batch is empty.
+    """
+    lengths = {}
+    for name, key in (("input_key", input_key), ("target_key", target_key)):
+        found = sorted({n for leaf in _leaves(get_item(batch, key, name)) if (n := _length(leaf)) is not None})
+        if len(found) != 1:
+            raise ValueError(
+                f"{name}={key!r} names {'nothing with a leading length' if not found else 'tensors that disagree'}"
+                f" in the batch (leading lengths found: {found}). Expected tensors with one row for each sample."
+            )
+        lengths[name] = found[0]
+    if lengths["input_key"] != lengths["target_key"]:
+        raise ValueError(
+            f"The inputs (input_key={input_key!r}) have {lengths['input_key']} samples but the targets "
+            f"(target_key={target_key!r}) have {lengths['target_key']}. Both need one row for each sample: "
+            "check the keys and the data set's collate function."
+        )
+    if lengths["input_key"] == 0:
+        raise ValueError(
+            "The batch is empty: no sample to select from. Check the sampler, or pass drop_last=True to the loader."
+        )
+    return lengths["input_key"]
+
+
+def take_samples(batch: Any, indices: torch.Tensor, num_samples: int) -> Any:
+    """The batch of the picked samples, in the order of ``indices``; the given batch is not changed.
+
+    Args:
+        batch (Any): A batch of ``num_samples`` samples.
+        indices (torch.Tensor): The picks, int64, shape (n,).
+        num_samples (int): M, which tells sample leaves from the rest.
+
+    Returns:
+        Any: A batch of the same structure and types.
+    """
+
+    def take(leaf: Any) -> Any:
+        if _length(leaf) != num_samples:
+            return leaf
+        if isinstance(leaf, torch.Tensor):
+            return leaf[indices.to(leaf.device)]
+        if isinstance(leaf, np.ndarray):
+            return leaf[indices.cpu().numpy()]
+        return type(leaf)(leaf[i] for i in indices.tolist())
+
+    return _map_leaves(take, batch)
+
+
+def match_rows(microbatch: Any, batch: Any, weights: torch.Tensor) -> torch.Tensor:
+    """The weights of a microbatch's samples, in its own order, found by recognising the samples.
+
+    A ``DataSpec`` may split a batch as it likes. Views of the batch's tensors (Composer's default) are
+    recognised by their place in memory. Copies are recognised by content; samples that are alike in everything
+    get the mean of their weights, which leaves the weighted sum over them as it was.
+
+    Args:
+        microbatch (Any): Some samples of ``batch``, in the same structure.
+        batch (Any): The batch of the n picked samples.
+        weights (torch.Tensor): Their weights, shape (n,).
+
+    Returns:
+        torch.Tensor: The weights of the microbatch's samples, on the device of ``weights``.
+
+    Raises:
+        ValueError: If samples cannot be recognised beyond doubt.
+    """
+    pairs = list(zip(tensor_leaves(microbatch), tensor_leaves(batch), strict=False))
+    n = len(weights)
+    pairs = [(part, whole) for part, whole in pairs if part.dim() and whole.dim() and len(whole) == n]
+    for part, whole in pairs:
+        rows = _rows_in_memory(part, whole)
+        if rows is not None:
+            return weights[rows.to(weights.device)]
+
+    complete, same = True, None
+    for part, whole in pairs:
+        equal = None
+        if part.shape[1:] == whole.shape[1:] and part.dtype == whole.dtype:
+            equal = _equal_rows(part, whole.to(part.device))
+        if equal is None or not equal.any(1).all():
+            complete = False  # a transform has changed this tensor
+        elif same is None or same.shape == equal.shape:
+            same = equal if same is None else same & equal
+    if same is not None:
+        matches = same.to(weights.device, weights.dtype)
+        counts = matches.sum(1)
+        means = matches @ weights / counts
+        spread = torch.where(matches > 0, (weights - means[:, None]).abs(), 0.0).amax(1)
+        if (counts > 0).all() and (complete or (spread == 0).all()):
+            return means
+    raise ValueError(
+        "Cannot tell which of the picked samples a microbatch holds, so their weights cannot reach the loss: the "
+        "DataSpec's split_batch copies samples and its microbatch_transforms (or another algorithm) change them. "
+        "Let split_batch return slices of the batch's tensors, or move the transform to batch_transforms."
+    )
+
+
+def copy_structure(batch: Any) -> Any:
+    """The same leaves in new containers."""
+    return _map_leaves(lambda leaf: leaf, batch)
+
+
+def tensor_leaves(batch: Any) -> Iterator[torch.Tensor]:
+    """The tensors of a nest, in a fixed order."""
+    return (leaf for leaf in _leaves(batch) if isinstance(leaf, torch.Tensor))
+
+
+def _rows_in_memory(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor | None:
+    """Which rows of ``whole`` a view of it shows, or None if ``part`` is no view of whole rows."""
+    if part.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr() or not whole.numel():
+        return None
+    if part.shape[1:] != whole.shape[1:] or part.stride()[1:] != whole.stride()[1:] or part.dtype != whole.dtype:
+        return None
+    if whole.stride(0) == 0:
+        return None
+    first, offset = divmod(int(part.storage_offset() - whole.storage_offset()), whole.stride(0))
+    step, remainder = divmod(part.stride(0), whole.stride(0))
+    rows = first + step * torch.arange(len(part))
+    if offset or remainder or not len(part) or rows[0] < 0 or rows[-1] >= len(whole):
+        return None
+    return rows
+
+
+def _equal_rows(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """Whether row i of ``part`` equals row j of ``whole``, in every element."""
+    return torch.stack([(whole == row).flatten(1).all(1) if whole.dim() > 1 else whole == row for row in part])
+
+
+def _length(leaf: Any) -> int | None:
+    """The leading length of what may be a sample leaf."""
+    if isinstance(leaf, torch.Tensor | np.ndarray):
+        return len(leaf) if leaf.ndim else None
+    return len(leaf) if isinstance(leaf, list | tuple) else None
+
+
+def _is_nest(value: Any) -> bool:
+    """Whether a value is a container of leaves, as against a list of samples' values."""
+    if isinstance(value, Mapping):
+        return True
+    return isinstance(value, list | tuple) and any(
+        isinstance(item, torch.Tensor | np.ndarray) or _is_nest(item) for item in value
+    )
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if not _is_nest(value):
+        yield value
+        return
+    for item in value.values() if isinstance(value, Mapping) else value:
+        yield from _leaves(item)
+
+
+def _map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
+    if not _is_nest(value):
+        return function(value)
+    if isinstance(value, Mapping):
+        mapped = copy.copy(value)
+        for key, item in value.items():
+            mapped[key] = _map_leaves(function, item)  # type: ignore[index]
+        return mapped
+    items = [_map_leaves(function, item) for item in value]
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

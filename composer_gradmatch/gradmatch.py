@@ -1,0 +1,298 @@
+"""Gradient matching: the weighted samples whose mean gradient best matches the whole minibatch's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from composer.core import Event, State, get_precision_context
+from composer.loggers import Logger
+from torch import nn
+
+from composer_gradmatch.batches import tensor_leaves
+from composer_gradmatch.last_layer import (
+    OutputLayerTap,
+    find_output_layer,
+    last_layer_gram,
+    resolve_output_layer,
+    watch_linears,
+)
+from composer_gradmatch.losses import LossFn, check_unit_weights
+from composer_gradmatch.matching import SOLVERS, Solver, gram_omp, matching_residual, normalize_weights
+from composer_gradmatch.selection_pass import check_scale_factor, no_trace, scale_inputs, unwrap
+from composer_gradmatch.subset_backprop import Selection, TwoPassBackprop, WholeBatch
+
+__all__ = ["GradMatch", "Match", "match_mean_gradient", "select_using_gradient_matching"]
+
+
+@dataclass(frozen=True)
+class Match:
+    """The samples that match a minibatch's mean gradient.
+
+    Attributes:
+        indices (torch.Tensor): I, int64, shape (n,), on the CPU, in the order picked.
+        weights (torch.Tensor): w > 0, float64, shape (n,), on the CPU, with sum n.
+        residual (float): ‖(1/n)Σwᵢgᵢ − ḡ‖² / ‖ḡ‖² of the last-layer gradients.
+    """
+
+    indices: torch.Tensor
+    weights: torch.Tensor
+    residual: float
+
+
+def match_mean_gradient(
+    inputs: torch.Tensor,
+    output_grads: torch.Tensor,
+    num_picks: int,
+    *,
+    bias: bool = True,
+    solver: Solver = "omp",
+) -> Match | None:
+    """Algorithm 1 after its forward pass: from H and P to picked samples and their weights.
+
+    Weights are clipped at zero and normalised to sum to the number of samples that are left.
+
+    Args:
+        inputs (torch.Tensor): H, the output layer's inputs, shape (M, D).
+        output_grads (torch.Tensor): P, gradients of the sum of the losses at its output, shape (M, C).
+        num_picks (int): m, the largest number of picks.
+        bias (bool, optional): Whether the output layer has a bias. Default: ``True``.
+        solver (str, optional): See :func:`.gram_omp`. Default: ``"omp"``.
+
+    Returns:
+        Match | None: The picks, or None if the mean gradient is zero: there is nothing to match.
+
+    Raises:
+        ValueError: If the gradients are not finite.
+    """
+    gram = last_layer_gram(inputs.double(), output_grads.double(), bias).cpu().numpy()
+    target = gram.mean(axis=1)
+    indices, weights = gram_omp(gram, target, num_picks, solver=solver)
+    indices, weights = indices[weights > 0], weights[weights > 0]
+    if not len(indices):
+        return None
+    weights = normalize_weights(weights)
+    residual = matching_residual(gram, target, indices, weights)
+    return Match(torch.from_numpy(indices), torch.from_numpy(weights), residual)
+
+
+def select_using_gradient_matching(
+    input: torch.Tensor,
+    target: torch.Tensor,
+    model: nn.Module,
+    loss_fun: Callable[..., torch.Tensor],
+    keep: float = 0.5,
+    scale_factor: float = 1.0,
+    *,
+    output_layer: str | nn.Module | None = None,
+    solver: Solver = "omp",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Prunes a minibatch to the weighted samples that match its mean gradient; twin of ``select_using_loss``.
+
+    Runs the forward pass of Algorithm 1 and leaves no trace of it in the model. For a precision other than the
+    default, call it in an autocast context.
+
+    Args:
+        input (torch.Tensor): Inputs, one row for each sample.
+        target (torch.Tensor): Targets, one row for each sample.
+        model (nn.Module): Called on the inputs.
+        loss_fun (Callable): Called as ``loss_fun(outputs, target, reduction='none')``.
+        keep (float, optional): Fraction of the samples to keep, m = max(1, int(keep·M)). Default: ``0.5``.
+        scale_factor (float, optional): Scale for downsampling the inputs of this pass, in (0, 1]. Default: ``1.0``.
+        output_layer (str | nn.Module, optional): The output layer; found by itself if None. Default: ``None``.
+        solver (str, optional): See :func:`.gram_omp`. Default: ``"omp"``.
+
+    Returns:
+        tuple[torch.Tensor, torch.Tensor, torch.Tensor]: The picked inputs, their targets and their weights; the
+        weights are on the inputs' device and sum to their number. All samples, with weights one, if the mean
+        gradient is zero.
+
+    Raises:
+        ValueError: If an argument is out of range, lengths differ, or the gradients are not finite.
+    """
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep must be in (0, 1], got {keep}.")
+    check_scale_factor(scale_factor)
+    if len(input) != len(target) or not len(input):
+        raise ValueError(
+            f"input and target need the same number of samples, at least one; got {len(input)} and {len(target)}."
+        )
+    (scaled,) = scale_inputs((input,), 0, scale_factor)
+    with no_trace(model):
+        if output_layer is None:
+            layer = _observe_output_layer(model, scaled)
+        else:
+            layer = resolve_output_layer(model, output_layer)
+        with OutputLayerTap(layer).open() as tap:
+            losses = loss_fun(model(scaled), target, reduction="none")
+            if losses.shape != input.shape[:1]:
+                raise ValueError(f"loss_fun must return one loss a sample, got shape {tuple(losses.shape)}.")
+            inputs, grads = tap.inputs_and_grads(losses)
+    num_picks = max(1, int(keep * len(input)))
+    match = match_mean_gradient(inputs, grads, num_picks, bias=layer.bias is not None, solver=solver)
+    if match is None:
+        return input, target, torch.ones(len(input), device=input.device)
+    indices = match.indices.to(input.device)
+    return input[indices], target[indices.to(target.device)], match.weights.float().to(input.device)
+
+
+@torch.no_grad()
+def _observe_output_layer(model: nn.Module, batch: Any) -> nn.Linear:
+    with watch_linears(model) as calls:
+        outputs = model(batch)
+    return find_output_layer(model, calls, list(tensor_leaves(outputs)))
+
+
+class GradMatch(TwoPassBackprop):
+    """Backpropagates the weighted part of each minibatch whose mean gradient best matches the whole one's.
+
+    Implements Balles, Archambeau and Zappella, "A Negative Result on Gradient Matching for Selective Backprop"
+    (2023), whose finding is that this does not reliably beat random selection (:class:`.RandomBackprop`).
+
+    On ``Event.AFTER_DATALOADER`` a forward pass gives the last linear layer's inputs and output gradients; their
+    Gram matrix (eq. 4) goes to orthogonal matching pursuit (Algorithm 2), and the picked samples replace
+    ``state.batch``. On ``Event.AFTER_LOSS`` the loss of each microbatch becomes its weighted loss. The pass
+    leaves buffers and random number generators as they were. A minibatch whose last-layer gradients are not
+    finite, or are all zero, is trained whole.
+
+    The first seven parameters are those of Composer's ``SelectiveBackprop``.
+
+    Args:
+        start (float, optional): Start of selection as a fraction of training. Default: ``0.5``.
+        end (float, optional): End of selection as a fraction of training. Default: ``0.9``.
+        keep (float, optional): Fraction of the minibatch to keep, m = max(1, int(keep·M)). Default: ``0.5``.
+        scale_factor (float, optional): Scale for downsampling the inputs of the selection pass, in (0, 1].
+            Default: ``1.0``.
+        interrupt (int, optional): Every ``interrupt``-th batch is trained whole; 0 selects from all.
+            Default: ``2``.
+        input_key (str | int | tuple[Callable, Callable] | Any, optional): Where a batch has its inputs.
+            Default: ``0``.
+        target_key (str | int | tuple[Callable, Callable] | Any, optional): Where a batch has its targets.
+            Default: ``1``.
+        output_layer (str | nn.Module, optional): The ``nn.Linear`` whose gradients stand for the model's: a dotted
+            name or the module itself. ``None`` finds the one that put out what the model returns.
+            Default: ``None``.
+        loss_fn (Callable, optional): A function of (outputs, batch) that returns the loss of each sample, shape
+            (M,); the model's own ``loss(..., reduction='none')`` if None. Default: ``None``.
+        solver (str, optional): ``"omp"``, the paper's Algorithm 2, or ``"sklearn"``, which its experiments ran;
+            see :func:`.gram_omp`. Default: ``"omp"``.
+
+    Raises:
+        TypeError: At INIT, if the model's loss cannot give per-sample values.
+        ValueError: If a value is out of range; at INIT, if ``output_layer`` names no linear layer; at the first
+            batch, if the output layer or the batch's samples cannot be found.
+
+    Example:
+        .. code-block:: python
+
+            from composer_gradmatch import GradMatch, select_first
+
+            trainer = Trainer(
+                ...,
+                algorithms=[GradMatch(start=0.0, end=1.0, keep=0.3, interrupt=0)],
+                algorithm_passes=[select_first],
+            )
+    """
+
+    log_name = "gradmatch"
+
+    def __init__(
+        self,
+        start: float = 0.5,
+        end: float = 0.9,
+        keep: float = 0.5,
+        scale_factor: float = 1.0,
+        interrupt: int = 2,
+        input_key: Any = 0,
+        target_key: Any = 1,
+        *,
+        output_layer: str | nn.Module | None = None,
+        loss_fn: LossFn | None = None,
+        solver: Solver = "omp",
+    ) -> None:
+        super().__init__(start, end, keep, scale_factor, interrupt, input_key, target_key, loss_fn)
+        if output_layer is not None and not isinstance(output_layer, str | nn.Module):
+            raise TypeError(f"output_layer must be a dotted name, a module or None, got {output_layer!r}.")
+        if solver not in SOLVERS:
+            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; got {solver!r}.")
+        self.output_layer = output_layer
+        self.solver: Solver = solver
+        self._layer: nn.Linear | None = None
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        """Runs the part of the algorithm that belongs to an event: see :class:`.Algorithm`."""
+        if event == Event.FIT_START:
+            self._layer = None  # Algorithms may have replaced modules since.
+        super().apply(event, state, logger)
+
+    def _check_setup(self, state: State) -> None:
+        super()._check_setup(state)
+        model = unwrap(state.model)
+        if self.output_layer is not None:
+            resolve_output_layer(model, self.output_layer)
+        elif not any(isinstance(module, nn.Linear) for module in model.modules()):
+            raise ValueError(
+                f"{type(model).__name__} has no nn.Linear, but GradMatch matches the gradients of a linear output "
+                "layer. Use LossBackprop or RandomBackprop, which need none."
+            )
+        for other in state.algorithms:
+            if getattr(other, "interpolate_loss", False):
+                raise ValueError(
+                    f"{type(other).__name__}(interpolate_loss=True) adds an unweighted loss after GradMatch has "
+                    "weighted its samples. Use interpolate_loss=False, which mixes the targets instead."
+                )
+
+    def _check_order(self, state: State) -> None:
+        super()._check_order(state)
+        position = next(i for i, algorithm in enumerate(state.algorithms) if algorithm is self)
+        for other in state.algorithms[position + 1 :]:
+            if other.match(Event.BEFORE_LOSS, state) and other.match(Event.AFTER_LOSS, state):
+                raise ValueError(
+                    f"{type(other).__name__} changes the batch for the loss and puts it back on AFTER_LOSS, before "
+                    "GradMatch weighs the samples' losses. List GradMatch after it, or add to the Trainer: "
+                    "algorithm_passes=[composer_gradmatch.select_first]."
+                )
+
+    def _output_layer(self, state: State) -> nn.Linear:
+        if self._layer is None:
+            model = unwrap(state.model)
+            if self.output_layer is not None:
+                self._layer = resolve_output_layer(model, self.output_layer)
+            else:
+                batch = scale_inputs(state.batch, self.input_key, self.scale_factor)
+                with no_trace(model), get_precision_context(state.precision, state.precision_config):
+                    self._layer = _observe_output_layer(model, batch)
+        return self._layer
+
+    def _rehearse(self, state: State, num_samples: int, num_picks: int) -> None:
+        """Also shows that the weighted loss is the model's own one, its samples weighted."""
+        self._match(state, num_samples, num_picks)
+        model = unwrap(state.model)
+        batch = state.batch
+        with OutputLayerTap(self._output_layer(state)).open() as tap:
+            outputs, losses = self._outputs_and_losses(state, num_samples)
+            with get_precision_context(state.precision, state.precision_config):
+                batch = scale_inputs(batch, self.input_key, self.scale_factor)
+                own_loss: Any = model.loss(outputs, batch)  # type: ignore[operator]
+            check_unit_weights(losses, own_loss, tap.leaf)
+
+    def _match(self, state: State, num_samples: int, num_picks: int) -> Match | WholeBatch | None:
+        layer = self._output_layer(state)
+        with no_trace(unwrap(state.model)), OutputLayerTap(layer).open() as tap:
+            _, losses = self._outputs_and_losses(state, num_samples)
+            inputs, grads = tap.inputs_and_grads(losses)
+        if not (inputs.isfinite().all() and grads.isfinite().all()):
+            return WholeBatch(
+                "a minibatch has last-layer gradients that are not finite; it and others like it are trained whole."
+            )
+        return match_mean_gradient(inputs, grads, num_picks, bias=layer.bias is not None, solver=self.solver)
+
+    def _select(self, state: State, num_samples: int, num_picks: int) -> Selection | WholeBatch:
+        match = self._match(state, num_samples, num_picks)
+        if match is None:
+            return WholeBatch()
+        if isinstance(match, WholeBatch):
+            return match
+        return Selection(match.indices, match.weights, {"matching_residual": match.residual})

@@ -1,0 +1,153 @@
+"""Loss-based selection: the sampling of Jiang et al. (2019), in Composer's variant and with their history."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from composer.core import State
+from composer.utils import dist
+
+from composer_gradmatch.losses import LossFn
+from composer_gradmatch.selection_pass import no_trace, unwrap
+from composer_gradmatch.subset_backprop import Selection, TwoPassBackprop, WholeBatch
+
+__all__ = ["LossBackprop", "loss_percentiles", "select_by_percentile"]
+
+
+def loss_percentiles(losses: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
+    """CDF(l) of each loss under the empirical distribution of a history, at the middle of its steps.
+
+    With the losses themselves as the history these are the (rank + ½)/M of Composer's ``SelectiveBackprop``,
+    but for equal losses, which share theirs.
+
+    Args:
+        losses (torch.Tensor): Shape (M,).
+        history (torch.Tensor): Shape (R,), R > 0.
+
+    Returns:
+        torch.Tensor: Values in [0, 1], float64, shape (M,); positive for a loss that is part of the history.
+    """
+    ordered = history.sort().values
+    below = torch.searchsorted(ordered, losses, side="left")
+    up_to = torch.searchsorted(ordered, losses, side="right")
+    return (below + up_to).double() / (2 * len(history))
+
+
+def select_by_percentile(percentiles: torch.Tensor, num_picks: int, beta: float) -> torch.Tensor:
+    """Picks samples without replacement with probabilities in proportion to percentile^β, with torch's generator.
+
+    The largest of β·log(percentile) + Gumbel noise are a sequential draw without replacement, and unlike the
+    probabilities themselves they do not underflow for large β.
+
+    Args:
+        percentiles (torch.Tensor): Values in (0, 1], shape (M,).
+        num_picks (int): m, at most M.
+        beta (float): The selectivity β ≥ 0; 0 is uniform sampling.
+
+    Returns:
+        torch.Tensor: The picks in the order drawn, int64, shape (m,).
+    """
+    noise = -torch.empty(len(percentiles), dtype=torch.float64).exponential_().log()
+    return torch.topk(beta * percentiles.double().log() + noise, num_picks).indices
+
+
+class LossBackprop(TwoPassBackprop):
+    """Backpropagates a part of each minibatch that is drawn in favour of high losses (Jiang et al., 2019).
+
+    By default this is the sampling of Composer's ``SelectiveBackprop``: probabilities in proportion to
+    ((rank + ½)/M)^β. With ``history=R`` the rank within the minibatch gives way to the rank among the R most recent
+    losses seen on this rank, as in the original paper, still picking exactly m. Unlike Composer's, the selection
+    pass leaves BatchNorm's statistics alone, draws come from torch's generator (and so resume from a
+    checkpoint), and a small last minibatch keeps at least one sample.
+
+    Args:
+        start (float, optional): Start of selection as a fraction of training. Default: ``0.5``.
+        end (float, optional): End of selection as a fraction of training. Default: ``0.9``.
+        keep (float, optional): Fraction of the minibatch to keep, m = max(1, int(keep·M)). Default: ``0.5``.
+        scale_factor (float, optional): Scale for downsampling the inputs of the selection pass, in (0, 1].
+            Default: ``1.0``.
+        interrupt (int, optional): Every ``interrupt``-th batch is trained whole; 0 selects from all.
+            Default: ``2``.
+        input_key (str | int | tuple[Callable, Callable] | Any, optional): Where a batch has its inputs.
+            Default: ``0``.
+        target_key (str | int | tuple[Callable, Callable] | Any, optional): Where a batch has its targets.
+            Default: ``1``.
+        loss_fn (Callable, optional): A function of (outputs, batch) that returns the loss of each sample, shape
+            (M,); the model's own ``loss(..., reduction='none')`` if None. Default: ``None``.
+        beta (float, optional): The selectivity β. ``None`` takes Composer's 1/keep − 1, which makes the mean
+            probability of a sample keep; the paper's text has M/m = 1/keep. Default: ``None``.
+        history (int, optional): R, the number of recent losses to rank by; 0 ranks within the minibatch.
+            Default: ``0``.
+
+    Raises:
+        ValueError: If a value is out of range.
+
+    Example:
+        .. code-block:: python
+
+            trainer = Trainer(..., algorithms=[LossBackprop(start=0.0, end=1.0, keep=0.3, interrupt=0)])
+    """
+
+    log_name = "loss_backprop"
+
+    def __init__(
+        self,
+        start: float = 0.5,
+        end: float = 0.9,
+        keep: float = 0.5,
+        scale_factor: float = 1.0,
+        interrupt: int = 2,
+        input_key: Any = 0,
+        target_key: Any = 1,
+        *,
+        loss_fn: LossFn | None = None,
+        beta: float | None = None,
+        history: int = 0,
+    ) -> None:
+        super().__init__(start, end, keep, scale_factor, interrupt, input_key, target_key, loss_fn)
+        if beta is not None and not 0 <= beta < float("inf"):
+            raise ValueError(f"beta must be a number >= 0 (0 draws uniformly) or None for 1/keep - 1; got {beta}.")
+        if isinstance(history, bool) or not isinstance(history, int) or history < 0:
+            raise ValueError(
+                f"history must be an integer >= 0, the number of recent losses to rank by; got {history!r}."
+            )
+        self.beta = 1 / keep - 1 if beta is None else beta
+        self.history = history
+        self._recent = torch.empty(0, dtype=torch.float64)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the algorithm; ranks are gathered, since Composer saves that of rank 0."""
+        state = super().state_dict()
+        if self.history:
+            state["recent_losses"] = dist.all_gather_object(self._recent)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned."""
+        super().load_state_dict(state)
+        recent = state.get("recent_losses", [])
+        if self.history and dist.get_global_rank() < len(recent):
+            self._recent = recent[dist.get_global_rank()][-self.history :]
+
+    @torch.no_grad()
+    def _losses(self, state: State, num_samples: int) -> torch.Tensor:
+        with no_trace(unwrap(state.model)):
+            _, losses = self._outputs_and_losses(state, num_samples)
+        return losses.detach().to("cpu", torch.float64)
+
+    def _rehearse(self, state: State, num_samples: int, num_picks: int) -> None:
+        self._losses(state, num_samples)
+
+    def _select(self, state: State, num_samples: int, num_picks: int) -> Selection | WholeBatch:
+        losses = self._losses(state, num_samples)
+        if not losses.isfinite().all():
+            return WholeBatch("a minibatch has losses that are not finite; it and others like it are trained whole.")
+        if not self.history:
+            order = torch.argsort(losses)
+            ranks = torch.arange(0.5, num_samples, dtype=torch.float64) / num_samples
+            return Selection(order[select_by_percentile(ranks, num_picks, self.beta)])
+        # A minibatch larger than R is ranked within itself: each of its losses belongs to the distribution.
+        recent = torch.cat([self._recent, losses])[-max(self.history, num_samples) :]
+        self._recent = recent[-self.history :]
+        return Selection(select_by_percentile(loss_percentiles(losses, recent), num_picks, self.beta))

@@ -1,0 +1,103 @@
+"""The selection forward pass: leaves no trace in the model or the random number generators."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from composer_gradmatch.batches import copy_structure
+
+__all__ = ["check_scale_factor", "no_trace", "scale_inputs", "unwrap"]
+
+_INTERPOLATION = {3: "linear", 4: "bilinear", 5: "trilinear"}
+
+
+@contextmanager
+def no_trace(model: nn.Module) -> Iterator[None]:
+    """Puts buffers and random number generators back as they were, bit for bit, when the context closes.
+
+    Forward passes in training mode update BatchNorm's running statistics and draw dropout masks; a pass that
+    only selects must not. Covers the model's buffers (their contents, and which tensors they are) and the
+    generators of torch (CPU and the current CUDA device), numpy and Python.
+
+    Args:
+        model (nn.Module): The model that runs inside the context.
+    """
+    buffers = [
+        (module, name, buffer, buffer.detach().clone(), buffer._version)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        with torch.no_grad():
+            for module, name, buffer, content, version in buffers:
+                module._buffers[name] = buffer
+                if buffer._version != version:
+                    buffer.copy_(content)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside ``DistributedDataParallel``: a selection pass needs no communication between ranks."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def check_scale_factor(scale_factor: float) -> None:
+    """Checks that inputs are scaled down, not up.
+
+    Args:
+        scale_factor (float): The multiplier of the spatial sizes.
+
+    Raises:
+        ValueError: If it is outside (0, 1].
+    """
+    if not 0 < scale_factor <= 1:
+        raise ValueError(f"scale_factor must be in (0, 1], the share of the inputs' size; got {scale_factor}.")
+
+
+def scale_inputs(batch: Any, input_key: Any, scale_factor: float) -> Any:
+    """The batch with its inputs resized as Composer's ``SelectiveBackprop`` does; the given one is not changed.
+
+    Args:
+        batch (Any): A batch.
+        input_key (Any): Where its inputs are.
+        scale_factor (float): The multiplier of the spatial sizes, in (0, 1].
+
+    Raises:
+        ValueError: If the inputs are not float tensors (M, channels, size[, size[, size]]), or shrink to nothing.
+    """
+    from composer.utils.batch_helpers import batch_get, batch_set
+
+    if scale_factor == 1:
+        return batch
+    inputs = batch_get(batch, input_key)
+    if not isinstance(inputs, torch.Tensor) or inputs.dim() not in _INTERPOLATION or not inputs.is_floating_point():
+        got = f"{inputs.dtype}, shape {tuple(inputs.shape)}" if isinstance(inputs, torch.Tensor) else type(inputs)
+        raise ValueError(
+            f"scale_factor={scale_factor} resizes inputs, which must be float tensors of 3, 4 or 5 dimensions "
+            f"(M, channels, size, ...); got {got}. Leave scale_factor at 1."
+        )
+    if min(inputs.shape[2:]) * scale_factor < 1:
+        raise ValueError(f"scale_factor={scale_factor} leaves nothing of inputs of shape {tuple(inputs.shape)}.")
+    scaled = F.interpolate(
+        inputs,
+        scale_factor=scale_factor,
+        mode=_INTERPOLATION[inputs.dim()],
+        align_corners=False,
+        recompute_scale_factor=False,
+    )
+    return batch_set(copy_structure(batch), input_key, scaled)

@@ -1,0 +1,329 @@
+"""What the selecting algorithms share: the schedule, the batch's samples, weights into the loss, logging."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast
+
+import torch
+from composer.algorithms import SelectiveBackprop
+from composer.algorithms.selective_backprop import should_selective_backprop
+from composer.core import Algorithm, Event, State, get_precision_context
+from composer.loggers import Logger
+from composer.models import ComposerModel
+
+from composer_gradmatch.batches import count_samples, match_rows, take_samples
+from composer_gradmatch.losses import LossFn, check_reduction, per_sample_losses, weighted_loss
+from composer_gradmatch.selection_pass import check_scale_factor, no_trace, scale_inputs, unwrap
+
+__all__ = ["Selection", "SubsetBackprop", "TwoPassBackprop", "WholeBatch"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The picked samples of one minibatch.
+
+    Attributes:
+        indices (torch.Tensor): The picks, int64, shape (n,), on the CPU.
+        weights (torch.Tensor, optional): Their weights, shape (n,), float64, on the CPU, with sum n; None means
+            that all are one. Default: ``None``.
+        metrics (dict[str, float], optional): What else to log of the step. Default: ``{}``.
+    """
+
+    indices: torch.Tensor
+    weights: torch.Tensor | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WholeBatch:
+    """A minibatch that cannot be selected from and is trained whole.
+
+    Attributes:
+        warning (str, optional): What to warn of, once a run. Default: ``None``, for nothing.
+    """
+
+    warning: str | None = None
+
+
+class SubsetBackprop(Algorithm):
+    """Backpropagates a part of each minibatch, picked on ``Event.AFTER_DATALOADER``; the base of our algorithms.
+
+    On the very first batch the selection is rehearsed, and its result thrown away, if the schedule starts
+    later: what cannot work fails in the first minute, not when selection begins.
+
+    Args:
+        start (float, optional): Start of selection as a fraction of training. Default: ``0.5``.
+        end (float, optional): End of selection as a fraction of training. Default: ``0.9``.
+        keep (float, optional): Fraction of the minibatch to keep, m = max(1, int(keep·M)). Default: ``0.5``.
+        interrupt (int, optional): Every ``interrupt``-th batch is trained whole; 0 selects from all.
+            Default: ``2``.
+        input_key (str | int | tuple[Callable, Callable] | Any, optional): Where a batch has its inputs: a key or a
+            pair of getter and setter. Default: ``0``.
+        target_key (str | int | tuple[Callable, Callable] | Any, optional): The same for its targets.
+            Default: ``1``.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    #: The prefix of the logged metrics, and the algorithm's name in YAML.
+    log_name: ClassVar[str]
+    #: Whether selection needs a forward pass of its own.
+    two_passes: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        start: float = 0.5,
+        end: float = 0.9,
+        keep: float = 0.5,
+        interrupt: int = 2,
+        input_key: Any = 0,
+        target_key: Any = 1,
+    ) -> None:
+        if not 0 < keep <= 1:
+            raise ValueError(f"keep must be in (0, 1], the share of each minibatch to train on; got {keep}.")
+        if not 0 <= start < end <= 1:
+            raise ValueError(
+                f"start and end must be fractions of training with 0 <= start < end <= 1; got start={start}, end={end}."
+            )
+        if isinstance(interrupt, bool) or not isinstance(interrupt, int) or interrupt < 0:
+            raise ValueError(
+                f"interrupt must be an integer >= 0 (0: select from every batch; n: train every n-th batch whole); "
+                f"got {interrupt!r}."
+            )
+        self.start, self.end, self.keep, self.interrupt = start, end, keep, interrupt
+        self.input_key, self.target_key = input_key, target_key
+        #: Set by the algorithm pass :func:`.select_first`, which takes care of the order of algorithms.
+        self.ordered_first = False
+        self.batches_trained_whole = 0
+        self._warned: set[str] = set()
+        self._rehearsed = False
+        self._clear_weights()
+
+    def _clear_weights(self) -> None:
+        self._weights: torch.Tensor | None = None
+        self._picked_batch: Any = None
+        self._microbatch_weights: torch.Tensor | None = None
+
+    @abstractmethod
+    def _select(self, state: State, num_samples: int, num_picks: int) -> Selection | WholeBatch:
+        """Picks ``num_picks`` of the ``num_samples`` samples of ``state.batch``."""
+
+    def _rehearse(self, state: State, num_samples: int, num_picks: int) -> None:
+        """Does what of ``_select`` can fail, without a trace."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the algorithm."""
+        return {**super().state_dict(), "batches_trained_whole": self.batches_trained_whole}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned."""
+        self.batches_trained_whole = state.get("batches_trained_whole", 0)
+
+    def match(self, event: Event, state: State) -> bool:
+        """Whether to run: see :class:`.Algorithm`."""
+        if event in (Event.INIT, Event.FIT_START):
+            return True
+        if event == Event.AFTER_DATALOADER:
+            return self.keep < 1 and (not self._rehearsed or self._is_scheduled(state))
+        if event in (Event.BATCH_START, Event.BEFORE_FORWARD, Event.AFTER_LOSS, Event.BATCH_END):
+            return self._weights is not None
+        return False
+
+    def _is_scheduled(self, state: State) -> bool:
+        elapsed = state.get_elapsed_duration()
+        assert elapsed is not None, "elapsed duration should be set on Event.AFTER_DATALOADER"
+        return should_selective_backprop(
+            current_duration=float(elapsed),
+            batch_idx=int(state.timestamp.batch_in_epoch),
+            start=self.start,
+            end=self.end,
+            interrupt=self.interrupt,
+        )
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        """Runs the part of the algorithm that belongs to an event: see :class:`.Algorithm`."""
+        if event == Event.INIT:
+            self._check_setup(state)
+        elif event == Event.FIT_START:
+            self._clear_weights()
+            self._rehearsed = False
+            if not self.ordered_first:
+                self._check_order(state)
+        elif event == Event.AFTER_DATALOADER:
+            self._after_dataloader(state, logger)
+        elif event == Event.BATCH_START:
+            self._batch_start(state)
+        elif event == Event.BEFORE_FORWARD:
+            assert self._weights is not None
+            self._microbatch_weights = match_rows(state.batch, self._picked_batch, self._weights)
+        elif event == Event.AFTER_LOSS:
+            self._after_loss(state)
+        elif event == Event.BATCH_END:
+            self._clear_weights()
+
+    def _check_setup(self, state: State) -> None:
+        """Raises at INIT if the model or another algorithm cannot go with this one."""
+        if not isinstance(unwrap(state.model), ComposerModel):
+            raise TypeError(
+                f"{type(self).__name__} needs a ComposerModel, got {type(state.model).__name__}. Subclass it "
+                "or wrap the module in composer.models.ComposerClassifier."
+            )
+        for other in state.algorithms:
+            if other is self or not isinstance(other, SubsetBackprop | SelectiveBackprop) or other.keep >= 1:
+                continue
+            if self.keep < 1 and self.start < other.end and other.start < self.end:
+                raise ValueError(
+                    f"{type(self).__name__} (from {self.start} to {self.end} of training) and {type(other).__name__} "
+                    f"(from {other.start} to {other.end}) would both select from the same minibatches. Keep one of "
+                    "them, or give them intervals that do not overlap."
+                )
+
+    def _check_order(self, state: State) -> None:
+        """Warns at FIT_START of algorithms that change the batch before this one sees it."""
+        # Composer reverses the list for AFTER_ events: what stands behind this algorithm runs before it.
+        position = next(i for i, algorithm in enumerate(state.algorithms) if algorithm is self)
+        earlier = [
+            type(other).__name__
+            for other in state.algorithms[position + 1 :]
+            if other.match(Event.AFTER_DATALOADER, state)
+        ]
+        if earlier and self.keep < 1:
+            warnings.warn(
+                f"{', '.join(earlier)} will change each minibatch on AFTER_DATALOADER before {type(self).__name__} "
+                "selects from it. To select first, add to the Trainer:\n"
+                "    algorithm_passes=[composer_gradmatch.select_first]",
+                stacklevel=2,
+            )
+
+    def _after_dataloader(self, state: State, logger: Logger) -> None:
+        started = time.perf_counter()
+        self._clear_weights()
+        state.batch = state.device.batch_to_device(state.batch)
+        num_samples = count_samples(state.batch, self.input_key, self.target_key)
+        num_picks = max(1, int(self.keep * num_samples))
+        if not self._rehearsed:
+            with no_trace(unwrap(state.model)):
+                self._rehearse(state, num_samples, num_picks)
+            self._rehearsed = True
+        if not self._is_scheduled(state) or num_picks == num_samples:
+            return
+
+        selection = self._select(state, num_samples, num_picks)
+        if isinstance(selection, WholeBatch):
+            self.batches_trained_whole += 1
+            logger.log_metrics({f"{self.log_name}/batches_trained_whole": self.batches_trained_whole})
+            if selection.warning is not None and selection.warning not in self._warned:
+                self._warned.add(selection.warning)
+                warnings.warn(f"{type(self).__name__}: {selection.warning}", stacklevel=2)
+            return
+        state.batch = take_samples(state.batch, selection.indices, num_samples)
+        n = len(selection.indices)
+        if selection.weights is not None:
+            self._weights = state.device.tensor_to_device(selection.weights.float())
+        weights = torch.ones(n) if selection.weights is None else selection.weights
+        metrics = {
+            "fraction_kept": n / num_samples,
+            "effective_sample_size": float(weights.sum() ** 2 / weights.square().sum()),
+            "largest_weight": float(weights.max()),
+            **selection.metrics,
+            # A forward pass is a third of a training step's cost (§2 of the paper).
+            "estimated_cost": (num_samples / 3 * self.two_passes + n) / num_samples,
+            "selection_time": time.perf_counter() - started,
+        }
+        logger.log_metrics({f"{self.log_name}/{key}": value for key, value in metrics.items()})
+
+    def _batch_start(self, state: State) -> None:
+        """Remembers the batch that the Trainer will split, which others may have changed since the selection."""
+        assert self._weights is not None
+        num_samples = count_samples(state.batch, self.input_key, self.target_key)
+        if num_samples != len(self._weights):
+            raise ValueError(
+                f"{type(self).__name__} picked {len(self._weights)} weighted samples, but another algorithm then made "
+                f"them {num_samples}. Remove the algorithm that changes the number of samples on AFTER_DATALOADER."
+            )
+        self._picked_batch = state.batch
+
+    def _after_loss(self, state: State) -> None:
+        """Replaces the loss of a microbatch by its weighted loss."""
+        raise NotImplementedError(f"{type(self).__name__} gives weights, so it must weigh the loss.")
+
+
+class TwoPassBackprop(SubsetBackprop):
+    """A :class:`SubsetBackprop` that selects by a forward pass of its own over the whole minibatch.
+
+    Args:
+        start (float, optional): See :class:`SubsetBackprop`. Default: ``0.5``.
+        end (float, optional): See :class:`SubsetBackprop`. Default: ``0.9``.
+        keep (float, optional): See :class:`SubsetBackprop`. Default: ``0.5``.
+        scale_factor (float, optional): Scale for downsampling the inputs of the selection pass, in (0, 1].
+            Default: ``1.0``.
+        interrupt (int, optional): See :class:`SubsetBackprop`. Default: ``2``.
+        input_key (str | int | tuple[Callable, Callable] | Any, optional): See :class:`SubsetBackprop`. Default: ``0``.
+        target_key (str | int | tuple[Callable, Callable] | Any, optional): See :class:`SubsetBackprop`. Default: ``1``.
+        loss_fn (Callable, optional): A function of (outputs, batch) that returns the loss of each sample, shape
+            (M,); the model's own ``loss(..., reduction='none')`` if None. Default: ``None``.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    two_passes = True
+
+    def __init__(
+        self,
+        start: float = 0.5,
+        end: float = 0.9,
+        keep: float = 0.5,
+        scale_factor: float = 1.0,
+        interrupt: int = 2,
+        input_key: Any = 0,
+        target_key: Any = 1,
+        loss_fn: LossFn | None = None,
+    ) -> None:
+        super().__init__(start, end, keep, interrupt, input_key, target_key)
+        check_scale_factor(scale_factor)
+        if loss_fn is not None and not callable(loss_fn):
+            raise TypeError(f"loss_fn must be a function of (outputs, batch), got {type(loss_fn).__name__}.")
+        self.scale_factor = scale_factor
+        self.loss_fn = loss_fn
+
+    def _check_setup(self, state: State) -> None:
+        super()._check_setup(state)
+        if self.loss_fn is None:
+            check_reduction(unwrap(state.model))
+        if 2 / 3 <= self.keep < 1:
+            warnings.warn(
+                f"{type(self).__name__} with keep={self.keep} costs more than training on everything: a selection "
+                f"pass of M/3 and a step on m samples against M is {1 / 3 + self.keep:.2f}. "
+                "Only below keep=2/3 does it save time.",
+                stacklevel=2,
+            )
+
+    def _outputs_and_losses(self, state: State, num_samples: int) -> tuple[Any, torch.Tensor]:
+        """The model's outputs on ``state.batch``, scaled down, and its samples' losses, in the run's precision."""
+        model = unwrap(state.model)
+        batch = scale_inputs(state.batch, self.input_key, self.scale_factor)
+        with get_precision_context(state.precision, state.precision_config):
+            try:
+                outputs = model(batch)
+            except RuntimeError as error:
+                if self.scale_factor == 1 or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                raise ValueError(
+                    f"The model failed on inputs downsampled by scale_factor={self.scale_factor}: {error}. If it takes "
+                    "one size only, leave scale_factor at 1."
+                ) from error
+            return outputs, per_sample_losses(model, outputs, batch, num_samples, self.loss_fn)
+
+    def _after_loss(self, state: State) -> None:
+        assert self._microbatch_weights is not None
+        weights = self._microbatch_weights
+        with get_precision_context(state.precision, state.precision_config):
+            model = unwrap(state.model)
+            losses = per_sample_losses(model, state.outputs, state.batch, len(weights), self.loss_fn)
+            state.loss = weighted_loss(losses, weights, cast(torch.Tensor, state.loss))
