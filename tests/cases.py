@@ -1,0 +1,92 @@
+"""One table of cases (a model and its data) that drives the step, microbatch, resume and DDP suites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from composer import Trainer
+from composer.models import ComposerClassifier
+from composer.utils import dist
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+NUM_CLASSES = 5
+
+
+def _mlp():
+    return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, NUM_CLASSES))
+
+
+def _no_bias():
+    return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, NUM_CLASSES, bias=False))
+
+
+def _conv():
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(64, NUM_CLASSES)
+    )
+
+
+def _batchnorm():
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(), nn.Linear(16, NUM_CLASSES)
+    )
+
+
+class Reordered(nn.Module):
+    """Defines its output layer first and an unused linear layer last."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(16, NUM_CLASSES)
+        self.body = nn.Linear(12, 16)
+        self.unused = nn.Linear(16, NUM_CLASSES)
+
+    def forward(self, inputs):
+        return self.head(torch.relu(self.body(inputs)))
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    module: Callable[[], nn.Module]
+    layer: str
+    shape: tuple[int, ...]
+
+    def data(self, num_samples: int, seed: int = 0) -> TensorDataset:
+        generator = torch.Generator().manual_seed(seed)
+        inputs = torch.randn(num_samples, *self.shape, generator=generator)
+        return TensorDataset(inputs, torch.randint(NUM_CLASSES, (num_samples,), generator=generator))
+
+    def model(self, seed: int = 0) -> ComposerClassifier:
+        torch.manual_seed(seed)
+        return ComposerClassifier(self.module(), num_classes=NUM_CLASSES)
+
+
+MLP = Case("mlp", _mlp, "2", (12,))
+NO_BIAS = Case("no_bias", _no_bias, "2", (12,))
+CONV = Case("conv", _conv, "4", (1, 4, 4))
+BATCHNORM = Case("batchnorm", _batchnorm, "5", (1, 4, 4))
+REORDERED = Case("reordered", Reordered, "head", (12,))
+STEP_CASES = [MLP, NO_BIAS, CONV, REORDERED]
+
+
+def loader(dataset: Dataset, batch_size: int, *, shuffle: bool = False, drop_last: bool = False) -> DataLoader:
+    return DataLoader(
+        dataset, batch_size=batch_size, sampler=dist.get_sampler(dataset, shuffle=shuffle), drop_last=drop_last
+    )
+
+
+def make_trainer(model, train, algorithms, *, lr: float = 0.1, max_duration: str = "1ba", **kwargs) -> Trainer:
+    optimizers = kwargs.pop("optimizers", None) or torch.optim.SGD(model.parameters(), lr=lr)
+    return Trainer(
+        model=model,
+        train_dataloader=train,
+        algorithms=algorithms,
+        optimizers=optimizers,
+        max_duration=max_duration,
+        progress_bar=False,
+        **kwargs,
+    )
