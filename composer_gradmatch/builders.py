@@ -1,0 +1,261 @@
+"""From names in YAML to models, loaders, optimizers, schedulers, algorithms, callbacks and loggers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any
+
+import composer.algorithms as composer_algorithms
+import composer.callbacks as composer_callbacks
+import composer.loggers as composer_loggers
+import composer.optim as composer_optim
+import torch
+from composer.core import Algorithm
+from composer.utils import dist
+from torch.utils.data import DataLoader, Dataset
+
+from composer_gradmatch import data, models
+from composer_gradmatch.config import ConfigError, argument_problems, matches, nearest
+from composer_gradmatch.gradmatch import GradMatch
+from composer_gradmatch.loss_backprop import LossBackprop
+from composer_gradmatch.random_backprop import RandomBackprop
+
+__all__ = ["TABLES", "build_algorithms", "build_loader", "build_named", "check_section", "resolve"]
+
+Factory = Callable[..., Any]
+
+_ALGORITHMS: dict[str, Factory] = {
+    "gradmatch": GradMatch,
+    "random_backprop": RandomBackprop,
+    "loss_backprop": LossBackprop,
+    "alibi": composer_algorithms.Alibi,
+    "augmix": composer_algorithms.AugMix,
+    "blurpool": composer_algorithms.BlurPool,
+    "channels_last": composer_algorithms.ChannelsLast,
+    "colout": composer_algorithms.ColOut,
+    "cutmix": composer_algorithms.CutMix,
+    "cutout": composer_algorithms.CutOut,
+    "ema": composer_algorithms.EMA,
+    "factorize": composer_algorithms.Factorize,
+    "gated_linear_units": composer_algorithms.GatedLinearUnits,
+    "ghost_batchnorm": composer_algorithms.GhostBatchNorm,
+    "gradient_clipping": composer_algorithms.GradientClipping,
+    "gyro_dropout": composer_algorithms.GyroDropout,
+    "label_smoothing": composer_algorithms.LabelSmoothing,
+    "layer_freezing": composer_algorithms.LayerFreezing,
+    "low_precision_groupnorm": composer_algorithms.LowPrecisionGroupNorm,
+    "low_precision_layernorm": composer_algorithms.LowPrecisionLayerNorm,
+    "mixup": composer_algorithms.MixUp,
+    "no_op_model": composer_algorithms.NoOpModel,
+    "progressive_resizing": composer_algorithms.ProgressiveResizing,
+    "randaugment": composer_algorithms.RandAugment,
+    "sam": composer_algorithms.SAM,
+    "selective_backprop": composer_algorithms.SelectiveBackprop,
+    "seq_length_warmup": composer_algorithms.SeqLengthWarmup,
+    "squeeze_excite": composer_algorithms.SqueezeExcite,
+    "stochastic_depth": composer_algorithms.StochasticDepth,
+    "swa": composer_algorithms.SWA,
+    "weight_standardization": composer_algorithms.WeightStandardization,
+}
+
+_CALLBACKS: dict[str, Factory] = {
+    "activation_monitor": composer_callbacks.ActivationMonitor,
+    "early_stopper": composer_callbacks.EarlyStopper,
+    "free_outputs": composer_callbacks.FreeOutputs,
+    "lr_monitor": composer_callbacks.LRMonitor,
+    "memory_monitor": composer_callbacks.MemoryMonitor,
+    "memory_snapshot": composer_callbacks.MemorySnapshot,
+    "nan_monitor": composer_callbacks.NaNMonitor,
+    "oom_observer": composer_callbacks.OOMObserver,
+    "optimizer_monitor": composer_callbacks.OptimizerMonitor,
+    "runtime_estimator": composer_callbacks.RuntimeEstimator,
+    "speed_monitor": composer_callbacks.SpeedMonitor,
+    "system_metrics_monitor": composer_callbacks.SystemMetricsMonitor,
+    "threshold_stopper": composer_callbacks.ThresholdStopper,
+}
+
+_LOGGERS: dict[str, Factory] = {
+    "cometml": composer_loggers.CometMLLogger,
+    "file": composer_loggers.FileLogger,
+    "in_memory": composer_loggers.InMemoryLogger,
+    "mlflow": composer_loggers.MLFlowLogger,
+    "neptune": composer_loggers.NeptuneLogger,
+    "slack": composer_loggers.SlackLogger,
+    "tensorboard": composer_loggers.TensorboardLogger,
+    "wandb": composer_loggers.WandBLogger,
+}
+
+_OPTIMIZERS: dict[str, Factory] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "decoupled_adamw": composer_optim.DecoupledAdamW,
+    "decoupled_sgdw": composer_optim.DecoupledSGDW,
+    "sgd": torch.optim.SGD,
+}
+
+_SCHEDULERS: dict[str, Factory] = {
+    "constant": composer_optim.ConstantScheduler,
+    "constant_with_warmup": composer_optim.ConstantWithWarmupScheduler,
+    "cosine": composer_optim.CosineAnnealingScheduler,
+    "cosine_warm_restarts": composer_optim.CosineAnnealingWarmRestartsScheduler,
+    "cosine_with_warmup": composer_optim.CosineAnnealingWithWarmupScheduler,
+    "exponential": composer_optim.ExponentialScheduler,
+    "linear": composer_optim.LinearScheduler,
+    "linear_with_warmup": composer_optim.LinearWithWarmupScheduler,
+    "multistep": composer_optim.MultiStepScheduler,
+    "multistep_with_warmup": composer_optim.MultiStepWithWarmupScheduler,
+    "polynomial": composer_optim.PolynomialScheduler,
+    "polynomial_with_warmup": composer_optim.PolynomialWithWarmupScheduler,
+    "step": composer_optim.StepScheduler,
+}
+
+#: Kind of thing → (its names, the group of entry points that adds to them).
+TABLES: dict[str, tuple[dict[str, Factory], str | None]] = {
+    "algorithm": (_ALGORITHMS, "llmfoundry_algorithms"),
+    "callback": (_CALLBACKS, "llmfoundry_callbacks"),
+    "data set": ({"digits": data.digits}, "composer_gradmatch_data"),
+    "logger": (_LOGGERS, "llmfoundry_loggers"),
+    "model": ({"digits_cnn": models.digits_cnn}, "composer_gradmatch_models"),
+    "optimizer": (_OPTIMIZERS, None),
+    "scheduler": (_SCHEDULERS, None),
+}
+
+_LOADER_TYPES = {
+    "shuffle": bool,
+    "drop_last": bool,
+    "num_workers": int,
+    "pin_memory": bool,
+    "prefetch_factor": int | None,
+    "persistent_workers": bool,
+    "timeout": float,
+}
+
+
+def resolve(kind: str, name: str) -> Factory:
+    """The factory that a name stands for: of our tables, else of an installed package's entry points.
+
+    Args:
+        kind (str): A key of :data:`TABLES`.
+        name (str): The name in YAML.
+
+    Raises:
+        ConfigError: If nothing has that name.
+    """
+    table, group = TABLES[kind]
+    if name in table:
+        return table[name]
+    added = {point.name: point for point in entry_points(group=group)} if group else {}
+    if name in added:
+        return added[name].load()
+    raise ConfigError(f"unknown {kind} {name!r}; {nearest(name, [*table, *added])}")
+
+
+def check_section(kind: str, where: str, section: Any, supplied: tuple[str, ...] = ()) -> list[str]:
+    """What is wrong with a section ``{name: ..., arguments ...}``: a message for each problem."""
+    if not isinstance(section, dict) or not isinstance(section.get("name"), str):
+        return [f"{where}: expected a mapping with a name, got {section!r}. {nearest('', TABLES[kind][0])}"]
+    arguments = {key: value for key, value in section.items() if key != "name"}
+    try:
+        factory = resolve(kind, section["name"])
+    except ConfigError as error:
+        return [f"{where}.name: {error}"]
+    return argument_problems(where, factory, arguments, supplied)
+
+
+def check_loader(where: str, section: Any) -> list[str]:
+    """What is wrong with a loader's section: a message for each problem."""
+    if not isinstance(section, dict):
+        return [f"{where}: expected a mapping with a name, got {section!r}."]
+    dataset = section.get("dataset") or {}
+    if not isinstance(dataset, dict):
+        return [f"{where}.dataset: expected a mapping, got {dataset!r}."]
+    problems = check_section("data set", where, {"name": section.get("name")})
+    if isinstance(section.get("name"), str) and not any(".name" in problem for problem in problems):
+        problems = argument_problems(f"{where}.dataset", resolve("data set", section["name"]), dataset)
+    for key, value in section.items():
+        if key in ("name", "dataset"):
+            continue
+        if key not in _LOADER_TYPES:
+            problems.append(f"{where}.{key}: unknown key; {nearest(key, ['name', 'dataset', *_LOADER_TYPES])}")
+        elif not matches(value, _LOADER_TYPES[key]):
+            problems.append(f"{where}.{key}: expected {_LOADER_TYPES[key]}, got {value!r}.")
+    return problems
+
+
+def check_entries(kind: str, where: str, entries: Any) -> list[str]:
+    """What is wrong with a section of ``name: {arguments}`` entries: a message for each problem."""
+    if not isinstance(entries or {}, dict):
+        return [f"{where}: expected a mapping of names to arguments, got {entries!r}."]
+    problems = []
+    for name, arguments in (entries or {}).items():
+        if arguments is not False and not isinstance(arguments or {}, dict):
+            problems.append(f"{where}.{name}: expected a mapping of arguments, nothing or false, got {arguments!r}.")
+            continue
+        try:
+            factory = resolve(kind, str(name))
+        except ConfigError as error:
+            problems.append(f"{where}.{name}: {error}")
+            continue
+        if arguments is not False:
+            problems += argument_problems(f"{where}.{name}", factory, arguments or {})
+    return problems
+
+
+def build_named(kind: str, section: dict[str, Any], *args: Any) -> Any:
+    """Builds what a checked section ``{name: ..., arguments ...}`` describes."""
+    return resolve(kind, section["name"])(*args, **{k: v for k, v in section.items() if k != "name"})
+
+
+def build_entries(kind: str, entries: dict[str, Any] | None) -> list[Any]:
+    """Builds the entries that are not switched off by ``false``."""
+    return [
+        resolve(kind, name)(**(arguments or {}))
+        for name, arguments in (entries or {}).items()
+        if arguments is not False
+    ]
+
+
+def build_algorithms(entries: dict[str, Any] | None) -> list[Algorithm]:
+    """Builds the algorithms, turning an argument's value that is refused into an error that names the entry.
+
+    Raises:
+        ConfigError: If an algorithm refuses a value.
+    """
+    algorithms = []
+    for name, arguments in (entries or {}).items():
+        try:
+            algorithms += build_entries("algorithm", {name: arguments})
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"algorithms.{name}: {error}") from error
+    return algorithms
+
+
+def build_loader(section: dict[str, Any], batch_size: int, where: str) -> DataLoader:
+    """Builds a data loader over a data set, with Composer's distributed sampler.
+
+    Args:
+        section (dict[str, Any]): Checked: name, dataset, shuffle, drop_last and the loader's own arguments.
+        batch_size (int): Samples a batch on this rank.
+        where (str): The section's key, for the error message.
+
+    Raises:
+        ConfigError: If there would be no batch.
+    """
+    options = {key: value for key, value in section.items() if key not in ("name", "dataset")}
+    shuffle, drop_last = options.pop("shuffle", False), options.pop("drop_last", False)
+    dataset: Dataset = resolve("data set", section["name"])(**(section.get("dataset") or {}))
+    sampler = dist.get_sampler(dataset, shuffle=shuffle, drop_last=drop_last)
+    loader = DataLoader(dataset, batch_size=batch_size, sampler=sampler, drop_last=drop_last, **options)
+    if not len(loader):
+        raise ConfigError(
+            f"{where}: {len(sampler)} samples on each rank give no batch of {batch_size} with drop_last=true. Lower "
+            "the batch size or set drop_last=false."
+        )
+    return loader
+
+
+def trainer_hints(trainer: type) -> dict[str, Any]:
+    """The annotations of a Trainer's keyword arguments."""
+    return {name: p.annotation for name, p in inspect.signature(trainer.__init__).parameters.items()}

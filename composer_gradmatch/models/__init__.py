@@ -1,0 +1,5 @@
+"""Models, a file each: a function of options that returns a ComposerModel."""
+
+from composer_gradmatch.models.digits_cnn import digits_cnn
+
+__all__ = ["digits_cnn"]
