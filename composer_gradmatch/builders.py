@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any
@@ -22,7 +21,17 @@ from composer_gradmatch.gradmatch import GradMatch
 from composer_gradmatch.loss_backprop import LossBackprop
 from composer_gradmatch.random_backprop import RandomBackprop
 
-__all__ = ["TABLES", "build_algorithms", "build_loader", "build_named", "check_section", "resolve"]
+__all__ = [
+    "TABLES",
+    "build_algorithms",
+    "build_entries",
+    "build_loader",
+    "build_named",
+    "check_entries",
+    "check_loader",
+    "check_section",
+    "resolve",
+]
 
 Factory = Callable[..., Any]
 
@@ -254,8 +263,3 @@ def build_loader(section: dict[str, Any], batch_size: int, where: str) -> DataLo
             "the batch size or set drop_last=false."
         )
     return loader
-
-
-def trainer_hints(trainer: type) -> dict[str, Any]:
-    """The annotations of a Trainer's keyword arguments."""
-    return {name: p.annotation for name, p in inspect.signature(trainer.__init__).parameters.items()}

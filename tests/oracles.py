@@ -19,7 +19,7 @@ def per_sample_gradients(loss_of_sample, parameters, num_samples):
 
 
 def classifier_gradients(module, layer_name, inputs, targets):
-    """Float64 per-sample gradients of cross-entropy with respect to one layer's parameters, the model in training mode."""
+    """Float64 per-sample gradients of cross-entropy with respect to one layer's parameters, in training mode."""
     module = copy.deepcopy(module).double().train()
     parameters = list(module.get_submodule(layer_name).parameters())
     losses = F.cross_entropy(module(inputs.double()), targets, reduction="none")

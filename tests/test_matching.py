@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -95,7 +97,7 @@ def test_the_residual_never_increases_with_k():
     gradients = random_gradients(30, 40)
     gram, target = problem(gradients)
     errors = [squared_error(gradients, *gram_omp(gram, target, k)) for k in range(1, 31)]
-    assert all(later <= earlier * (1 + 1e-12) for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later <= earlier * (1 + 1e-12) for earlier, later in itertools.pairwise(errors))
     assert errors[-1] < 1e-20 < errors[0]
 
 
@@ -213,7 +215,9 @@ def test_an_unknown_solver_is_refused_by_name():
 
 
 @settings(max_examples=100, deadline=None)
-@given(arrays(np.float64, st.integers(1, 20), elements=st.floats(-1, 1).map(lambda x: round(x, 3))), st.integers(-12, 12))
+@given(
+    arrays(np.float64, st.integers(1, 20), elements=st.floats(-1, 1).map(lambda x: round(x, 3))), st.integers(-12, 12)
+)
 def test_normalized_weights_are_clipped_and_sum_to_their_number(weights, exponent):
     weights = weights * 10.0**exponent
     if weights.max() <= 0:

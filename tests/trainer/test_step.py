@@ -161,7 +161,7 @@ def test_a_step_in_low_precision_with_and_without_a_gradient_scaler(scaled, monk
 def test_the_weights_belong_to_their_samples_when_some_are_alike():
     """Samples alike in all that a batch holds share their weights, so that the sum is right in any split."""
     dataset = CONV.data(M)
-    module, inputs, targets, weights = reference(CONV, dataset)
+    _, inputs, targets, weights = reference(CONV, dataset)
     picked = (torch.cat([inputs, inputs[:2]]), torch.cat([targets, targets[:2]]))
     from composer_gradmatch.batches import match_rows
 
@@ -169,7 +169,8 @@ def test_the_weights_belong_to_their_samples_when_some_are_alike():
     parts = shuffled(picked, 4)
     found = torch.cat([match_rows(part, picked, all_weights) for part in parts])
     gradient = sum(
-        w * float(x.sum()) for part, ws in zip(parts, found.split(4), strict=True)
+        w * float(x.sum())
+        for part, ws in zip(parts, found.split(4), strict=True)
         for x, w in zip(part[0], ws, strict=True)
     )
     expected = sum(w * float(x.sum()) for x, w in zip(picked[0], all_weights, strict=True))
@@ -202,15 +203,14 @@ def test_the_rest_of_training_sees_only_the_picked_samples():
     from composer import Callback
 
     class Watch(Callback):
-        sizes: list[int] = []
+        def __init__(self):
+            self.sizes = []
 
         def before_train_batch(self, state, logger):
             self.sizes.append(len(state.batch[0]))
 
     watch = Watch()
-    make_trainer(
-        MLP.model(), loader(MLP.data(3 * M), M), [always()], callbacks=[watch], max_duration="1ep"
-    ).fit()
+    make_trainer(MLP.model(), loader(MLP.data(3 * M), M), [always()], callbacks=[watch], max_duration="1ep").fit()
     assert len(watch.sizes) == 3
     assert all(1 <= size <= int(KEEP * M) for size in watch.sizes)
 

@@ -1,0 +1,83 @@
+"""What a run did, in a short table: accuracy, samples, time, and how well the picks matched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from composer.core import State
+from composer.loggers import Logger, LoggerDestination
+from composer.utils import dist
+
+from composer_gradmatch.batches import tensor_leaves
+
+__all__ = ["RunSummary"]
+
+
+class RunSummary(LoggerDestination):
+    """Gathers the closing table of a run from its events and metrics; goes on after a resume.
+
+    Samples are summed over ranks; residual and effective sample size are means over the steps of rank 0.
+    """
+
+    def __init__(self) -> None:
+        self.backpropagated = 0
+        self.sums: dict[str, tuple[float, int]] = {}
+        self.best: dict[str, float] = {}
+        self.last: dict[str, float] = {}
+        self.trained_whole = 0
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        """Counts the samples that are left after selection."""
+        self.backpropagated += next(len(leaf) for leaf in tensor_leaves(state.batch) if leaf.dim())
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Takes what the table needs from the logged metrics."""
+        for key, value in metrics.items():
+            kind = key.rsplit("/", 1)[-1]
+            if kind in ("matching_residual", "effective_sample_size"):
+                total, count = self.sums.get(kind, (0.0, 0))
+                if value == value:  # The residual is NaN where there is nothing to match.
+                    self.sums[kind] = (total + float(value), count + 1)
+            elif kind == "batches_trained_whole":
+                self.trained_whole = int(value)
+            elif key.startswith("metrics/") and not key.startswith("metrics/train/"):
+                self.last[key] = float(value)
+                self.best[key] = max(self.best.get(key, float("-inf")), float(value))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps, with the samples of all ranks, since Composer saves that of rank 0."""
+        return {**vars(self), "backpropagated": sum(dist.all_gather_object(self.backpropagated))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned."""
+        vars(self).update(state)
+        if dist.get_global_rank() != 0:
+            self.backpropagated = 0
+
+    def table(self, state: State) -> str:
+        """The table's text; call it on every rank."""
+        backpropagated = sum(dist.all_gather_object(self.backpropagated))
+        forwarded = int(state.timestamp.sample)
+        rows = [("run", state.run_name)]
+        accuracies = [key for key in self.last if "Accuracy" in key]
+        for key in accuracies or self.last:
+            name = key.removeprefix("metrics/")
+            if key in accuracies:
+                rows.append((f"best {name}", f"{self.best[key]:.4f}"))
+            rows.append((f"last {name}", f"{self.last[key]:.4f}"))
+        share = f" ({backpropagated / forwarded:.0%})" if forwarded else ""
+        rows += [
+            ("samples forwarded", f"{forwarded:,}"),
+            ("samples backpropagated", f"{backpropagated:,}{share}"),
+            ("training time", f"{state.timestamp.total_wct.total_seconds():.1f} s"),
+        ]
+        names = {"matching_residual": "mean matching residual", "effective_sample_size": "mean effective sample size"}
+        for kind, (total, count) in self.sums.items():
+            if kind == "effective_sample_size":
+                rows.append(("selection steps", f"{count:,}"))
+            if count:
+                rows.append((names[kind], f"{total / count:.3g}"))
+        if self.trained_whole:
+            rows.append(("batches trained whole", f"{self.trained_whole:,}"))
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -1,0 +1,276 @@
+"""The entry point: a YAML config and overrides → ``Trainer.fit``.
+
+``python -m composer_gradmatch.train CONFIG [key=value ...]``, or on several processes
+``composer -n 2 -m composer_gradmatch.train CONFIG [key=value ...]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import typing
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from composer import Trainer
+from composer.utils import dist, get_device, reproducibility
+from composer.utils.file_helpers import format_name_with_dist
+
+from composer_gradmatch.builders import (
+    build_algorithms,
+    build_entries,
+    build_loader,
+    build_named,
+    check_entries,
+    check_loader,
+    check_section,
+)
+from composer_gradmatch.config import ConfigError, load_config, matches, nearest
+from composer_gradmatch.passes import select_first
+from composer_gradmatch.run_summary import RunSummary
+
+__all__ = ["build_trainer", "check_config", "main", "train"]
+
+#: Keyword arguments of Composer's Trainer that a config may hold, as they are.
+_TRAINER_KEYS = (
+    "accumulate_train_batch_on_tokens",
+    "autoresume",
+    "compile_config",
+    "console_log_interval",
+    "ddp_sync_strategy",
+    "deterministic_mode",
+    "device",
+    "device_train_microbatch_size",
+    "dist_timeout",
+    "eval_interval",
+    "eval_subset_num_batches",
+    "load_exclude_algorithms",
+    "load_ignore_keys",
+    "load_path",
+    "load_strict_model_weights",
+    "load_weights_only",
+    "log_to_console",
+    "max_duration",
+    "parallelism_config",
+    "precision",
+    "precision_config",
+    "progress_bar",
+    "python_log_level",
+    "run_name",
+    "save_filename",
+    "save_interval",
+    "save_num_checkpoints_to_keep",
+    "save_overwrite",
+    "save_weights_only",
+    "scale_schedule_ratio",
+    "seed",
+    "step_schedulers_every_batch",
+    "train_subset_num_batches",
+)
+_OWN_TYPES: dict[str, Any] = {
+    "global_train_batch_size": int,
+    "device_eval_batch_size": int,
+    "variables": dict,
+    "save_folder": str | None,
+}
+_SECTIONS = ("model", "train_loader", "eval_loader", "optimizer", "scheduler", "algorithms", "callbacks", "loggers")
+_REQUIRED = ("model", "train_loader", "optimizer", "max_duration", "global_train_batch_size")
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Checks every key, name, argument and type of a config before anything is built.
+
+    Args:
+        config (dict[str, Any]): As :func:`.load_config` returns it.
+
+    Raises:
+        ConfigError: With all problems, one a line.
+    """
+    problems = [f"{key}: missing." for key in _REQUIRED if not config.get(key)]
+    hints = typing.get_type_hints(Trainer.__init__)
+    types = {**{key: hints[key] for key in _TRAINER_KEYS}, **_OWN_TYPES}
+    for key, value in config.items():
+        if key in _SECTIONS:
+            continue
+        if key not in types:
+            problems.append(f"{key}: unknown key; {nearest(key, [*types, *_SECTIONS])}")
+        elif not (matches(value, types[key]) or (key == "save_folder" and value is False)):
+            problems.append(f"{key}: got {value!r} ({type(value).__name__}), expected {types[key]}.")
+    for key in ("global_train_batch_size", "device_eval_batch_size"):
+        if isinstance(config.get(key), int) and config[key] < 1:
+            problems.append(f"{key}: expected at least 1, got {config[key]}.")
+    if config.get("model"):
+        problems += check_section("model", "model", config["model"])
+    if config.get("optimizer"):
+        problems += check_section("optimizer", "optimizer", config["optimizer"], supplied=("params",))
+    if config.get("scheduler"):
+        problems += check_section("scheduler", "scheduler", config["scheduler"])
+    for key in ("train_loader", "eval_loader"):
+        if config.get(key):
+            problems += check_loader(key, config[key])
+    for kind in ("algorithm", "callback", "logger"):
+        problems += check_entries(kind, f"{kind}s", config.get(f"{kind}s"))
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _run_folder(config: dict[str, Any], run_name: str) -> Path | None:
+    folder = config.get("save_folder", "runs/{run_name}")
+    return Path(format_name_with_dist(folder, run_name)) if folder else None
+
+
+def _prepare_run_folder(config: dict[str, Any], folder: Path) -> None:
+    """Refuses a folder that holds another run, and saves the resolved config in it."""
+    taken = folder.is_dir() and any(path.name == "config.yaml" or path.suffix == ".pt" for path in folder.iterdir())
+    if taken and not (config.get("autoresume") or config.get("save_overwrite")):
+        raise ConfigError(
+            f"save_folder: {folder} already holds a run. Choose another run_name=..., continue it with "
+            "autoresume=true, or replace it with save_overwrite=true."
+        )
+    dist.barrier()
+    if dist.get_global_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+
+def _with_log_file(loggers: dict[str, Any] | None, folder: Path | None) -> dict[str, Any]:
+    """Puts the file logger's file into the run folder, beside what earlier parts of the run have logged.
+
+    Composer 0.32's FileLogger truncates an existing file whatever its ``overwrite`` says.
+    """
+    loggers = dict(loggers or {})
+    arguments = loggers.get("file", False)
+    if arguments is False or folder is None or "filename" in (arguments or {}):
+        return loggers
+    part = 1
+    while list(folder.glob(f"logs-part{part}-rank*.txt")):
+        part += 1
+    part = dist.all_gather_object(part)[0]
+    loggers["file"] = {**(arguments or {}), "filename": f"{folder}/logs-part{part}-rank{{rank}}.txt"}
+    return loggers
+
+
+def build_trainer(config: dict[str, Any], summary: RunSummary | None = None) -> Trainer:
+    """Builds the Trainer that a config describes; no step is made.
+
+    Args:
+        config (dict[str, Any]): As :func:`.load_config` returns it.
+        summary (RunSummary, optional): Gathers the closing table. Default: ``None``.
+
+    Returns:
+        Trainer: With the data loaded and the model built, to be closed by the caller.
+
+    Raises:
+        ConfigError: If the config cannot be run.
+    """
+    check_config(config)
+    algorithms = build_algorithms(config.get("algorithms"))
+    device = get_device(config.get("device"))
+    dist.initialize_dist(device, config.get("dist_timeout", 300.0))
+    seed = config.get("seed")
+    seed = reproducibility.get_random_seed() if seed is None else seed
+    seed = dist.all_gather_object(seed)[0]
+    reproducibility.seed_all(seed)
+
+    global_batch_size, world_size = config["global_train_batch_size"], dist.get_world_size()
+    if global_batch_size % world_size:
+        raise ConfigError(
+            f"global_train_batch_size: {global_batch_size} cannot be divided among {world_size} processes. Choose a "
+            f"multiple of {world_size}."
+        )
+    batch_size = global_batch_size // world_size
+    train_loader = build_loader(config["train_loader"], batch_size, "train_loader")
+    eval_loader = None
+    if config.get("eval_loader"):
+        eval_batch_size = config.get("device_eval_batch_size", batch_size)
+        eval_loader = build_loader(config["eval_loader"], eval_batch_size, "eval_loader")
+    model = build_named("model", config["model"])
+    optimizer = build_named("optimizer", config["optimizer"], model.parameters())
+    scheduler = build_named("scheduler", config["scheduler"]) if config.get("scheduler") else None
+
+    run_name = config.get("run_name") or _generated_run_name()
+    folder = _run_folder(config, run_name)
+    loggers = build_entries("logger", _with_log_file(config.get("loggers"), folder))
+    if folder is not None:
+        _prepare_run_folder({**config, "run_name": run_name, "seed": seed}, folder)
+    arguments: dict[str, Any] = {
+        "device_train_microbatch_size": batch_size,
+        "eval_interval": "1ep",
+        "precision": "fp32",
+        **{key: config[key] for key in _TRAINER_KEYS if key in config},
+        "run_name": run_name,
+        "seed": seed,
+        "device": device,
+    }
+    return Trainer(
+        model=model,
+        train_dataloader=train_loader,
+        eval_dataloader=eval_loader,
+        optimizers=optimizer,
+        schedulers=scheduler,
+        algorithms=algorithms,
+        algorithm_passes=[select_first],
+        callbacks=build_entries("callback", config.get("callbacks")),
+        loggers=[*loggers, *([] if summary is None else [summary])],
+        save_folder=None if folder is None else str(folder),
+        **arguments,
+    )
+
+
+def _generated_run_name() -> str:
+    from composer.trainer.trainer import _generate_run_name
+
+    return _generate_run_name()
+
+
+def train(config: dict[str, Any]) -> Trainer:
+    """Trains what a config describes and prints a short table at the end.
+
+    Args:
+        config (dict[str, Any]): As :func:`.load_config` returns it.
+
+    Returns:
+        Trainer: After training, closed.
+
+    Raises:
+        ConfigError: If the config cannot be run.
+    """
+    # Composer remarks on each batch smaller than a microbatch; with selection that is what was asked for.
+    warnings.filterwarnings("ignore", "Cannot split tensor of length", UserWarning)
+    summary = RunSummary()
+    trainer = build_trainer(config, summary)
+    try:
+        trainer.fit()
+        table = summary.table(trainer.state)
+    finally:
+        trainer.close()
+    if dist.get_global_rank() == 0:
+        print(table, flush=True)
+    return trainer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: returns the exit code, 2 for a config that cannot be run."""
+    parser = argparse.ArgumentParser(
+        prog="python -m composer_gradmatch.train",
+        description="Train a model as a YAML config says, with gradient matching or another selection strategy.",
+        epilog="Example: composer -n 2 -m composer_gradmatch.train configs/digits.yaml algorithms.gradmatch=false",
+    )
+    parser.add_argument("config", help="a YAML file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="replaces a value: algorithms.gradmatch.keep=0.1"
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        train(load_config(arguments.config, arguments.overrides))
+    except ConfigError as error:
+        print(f"{arguments.config}: the config cannot be run:\n{error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
