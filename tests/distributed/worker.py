@@ -1,0 +1,52 @@
+"""Run by two processes: one selecting step under DDP; rank 0 saves the new weights, each rank its picks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from cases import CONV, loader, make_trainer
+from composer.utils import dist, get_device
+
+from composer_gradmatch import GradMatch, select_first
+
+if __name__ == "__main__":
+    folder, microbatch_size = Path(sys.argv[1]), int(sys.argv[2])
+    dist.initialize_dist(get_device("cpu"))
+    dataset = CONV.data(24)
+    if dist.get_global_rank() == 0:
+        # Few distinct samples on rank 0: matching stops early there, so that the ranks' |I| differ.
+        for i in range(0, 24, 2):
+            dataset.tensors[0][i], dataset.tensors[1][i] = dataset.tensors[0][(i % 6)], dataset.tensors[1][i % 6]
+    model = CONV.model()
+    algorithm = GradMatch(start=0.0, end=1.0, keep=0.5, interrupt=0)
+    seen = {}
+    original = algorithm._select
+
+    def spy(state, num_samples, num_picks):
+        seen["batch"] = state.batch
+        seen["selection"] = original(state, num_samples, num_picks)
+        return seen["selection"]
+
+    algorithm._select = spy
+    trainer = make_trainer(
+        model,
+        loader(dataset, 12),
+        [algorithm],
+        algorithm_passes=[select_first],
+        device_train_microbatch_size=microbatch_size,
+    )
+    trainer.fit()
+    selection, (inputs, targets) = seen["selection"], seen["batch"]
+    torch.save(
+        {
+            "inputs": inputs[selection.indices],
+            "targets": targets[selection.indices],
+            "weights": selection.weights,
+            "parameters": [p.detach().clone() for p in model.module.parameters()],
+        },
+        folder / f"rank{dist.get_global_rank()}.pt",
+    )

@@ -1,0 +1,44 @@
+"""An interrupted and resumed run ends with the weights of the uninterrupted one, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import BATCHNORM, loader, make_trainer
+
+from composer_gradmatch import GradMatch, LossBackprop, RandomBackprop, select_first
+
+ON = {"start": 0.0, "end": 1.0, "keep": 0.4, "interrupt": 0}
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: GradMatch(**ON), lambda: LossBackprop(**ON, history=30), lambda: RandomBackprop(**ON)]
+)
+def test_resuming_in_mid_epoch(make, tmp_path):
+    def run(max_duration, **kwargs):
+        model = BATCHNORM.model()
+        algorithm = make()
+        trainer = make_trainer(
+            model,
+            loader(BATCHNORM.data(60), 20, shuffle=True),
+            [algorithm],
+            max_duration=max_duration,
+            algorithm_passes=[select_first],
+            device_train_microbatch_size=3,
+            seed=3,
+            optimizers=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+            run_name="resume",
+            **kwargs,
+        )
+        trainer.fit()
+        trainer.close()
+        return model.state_dict(), algorithm
+
+    whole, _ = run("3ep")
+    run("3ep", save_folder=str(tmp_path), save_interval="1ba", train_subset_num_batches=-1)
+    checkpoint = next(tmp_path.glob("ep1-ba5-*.pt"))
+    resumed, _ = run("3ep", load_path=str(checkpoint))
+    start = BATCHNORM.model().state_dict()
+    assert any(not torch.equal(whole[key], start[key]) for key in whole)
+    for key in whole:
+        assert torch.equal(resumed[key], whole[key]), key
