@@ -31,7 +31,7 @@ def no_trace(model: nn.Module) -> Iterator[None]:
         model (nn.Module): The model that runs inside the context.
     """
     buffers = [
-        (module, name, buffer, buffer.detach().clone(), buffer._version)
+        (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
@@ -45,10 +45,10 @@ def no_trace(model: nn.Module) -> Iterator[None]:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         with torch.no_grad():
-            for module, name, buffer, content, version in buffers:
+            # All of them: batch_norm changes its buffers without telling their version counters.
+            for module, name, buffer, content in buffers:
                 module._buffers[name] = buffer
-                if buffer._version != version:
-                    buffer.copy_(content)
+                buffer.copy_(content)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -35,6 +35,12 @@ def _batchnorm():
     )
 
 
+def _any_size():
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, NUM_CLASSES)
+    )
+
+
 class Reordered(nn.Module):
     """Defines its output layer first and an unused linear layer last."""
 
@@ -69,6 +75,7 @@ MLP = Case("mlp", _mlp, "2", (12,))
 NO_BIAS = Case("no_bias", _no_bias, "2", (12,))
 CONV = Case("conv", _conv, "4", (1, 4, 4))
 BATCHNORM = Case("batchnorm", _batchnorm, "5", (1, 4, 4))
+ANY_SIZE = Case("any_size", _any_size, "4", (1, 8, 8))
 REORDERED = Case("reordered", Reordered, "head", (12,))
 STEP_CASES = [MLP, NO_BIAS, CONV, REORDERED]
 

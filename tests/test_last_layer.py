@@ -55,7 +55,7 @@ def test_an_output_that_no_linear_layer_put_out_is_an_error_that_lists_the_candi
     module = LogSoftmax()
     with watch_linears(module) as calls:
         outputs = module(torch.randn(4, 12))
-    with pytest.raises(ValueError, match="output of no nn.Linear.*head, body, unused"):
+    with pytest.raises(ValueError, match=r"output of no nn\.Linear.*head, body, unused"):
         find_output_layer(module, calls, [outputs])
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BATCHNORM, CONV, MLP, loader, make_trainer
+from cases import ANY_SIZE, BATCHNORM, MLP, loader, make_trainer
 from composer import Algorithm, Callback, Event
 from composer.algorithms import ColOut, LabelSmoothing, MixUp, SelectiveBackprop
 from composer.algorithms.selective_backprop import select_using_loss
@@ -128,9 +128,23 @@ def test_no_warning_where_selection_does_come_first(passes):
 @pytest.mark.parametrize("other", [MixUp(alpha=0.2), ColOut(), LabelSmoothing(0.1)])
 def test_trains_beside_algorithms_that_change_the_batch(other):
     algorithm = GradMatch(keep=0.3, **ON)
-    trainer = fit([algorithm, other], CONV.model(), CONV.data(60), max_duration="1ep", device_train_microbatch_size=4)
+    trainer = fit(
+        [algorithm, other], ANY_SIZE.model(), ANY_SIZE.data(60), max_duration="1ep", device_train_microbatch_size=4
+    )
     assert trainer.state.timestamp.batch == 3
     assert torch.isfinite(torch.as_tensor(trainer.state.loss)).all()
+
+
+@pytest.mark.parametrize("algorithm_class", [GradMatch, LossBackprop])
+def test_scale_factor_shrinks_the_inputs_of_the_selection_pass_only(algorithm_class):
+    model = ANY_SIZE.model()
+    sizes = []
+    model.module.register_forward_pre_hook(lambda module, args: sizes.append(tuple(args[0].shape)))
+    algorithm = algorithm_class(keep=0.5, scale_factor=0.5, **ON)
+    fit([algorithm], model, ANY_SIZE.data(20), device_train_microbatch_size=20)
+    assert sizes[-1][1:] == (1, 8, 8)
+    assert sizes[-1][0] <= 10
+    assert set(sizes[:-1]) == {(20, 1, 4, 4)}
 
 
 def test_label_smoothing_reaches_the_weighted_loss():
