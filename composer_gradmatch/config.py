@@ -7,6 +7,7 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Iterable
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -139,8 +140,8 @@ def matches(value: Any, hint: Any) -> bool:
     if kind is dict:
         return isinstance(value, dict)
     if inspect.isclass(kind) and kind.__module__ not in ("typing", "collections.abc", "builtins"):
-        # A class of Python's world, a Time or an Enum: text may stand for it, where its owner takes text.
-        return isinstance(value, str | kind)
+        # Of Python's own classes YAML can only express the members of an Enum.
+        return isinstance(value, kind) or (issubclass(kind, Enum) and isinstance(value, str))
     return True
 
 

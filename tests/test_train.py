@@ -62,7 +62,7 @@ def test_the_resolved_config_and_checkpoints_are_in_the_run_folder(tmp_path):
     assert yaml.safe_load((folder / "config.yaml").read_text())["algorithms"]["gradmatch"]["keep"] == 0.2
     assert (folder / "latest-rank0.pt").exists()
     assert "gradmatch/matching_residual" in (folder / "logs-part1-rank0.txt").read_text()
-    with pytest.raises(ConfigError, match="already holds a run.*run_name.*autoresume=true.*save_overwrite=true"):
+    with pytest.raises(ConfigError, match=r"already holds a run.*run_name.*autoresume=true.*save_overwrite=true"):
         train(short(tmp_path))
 
 
@@ -138,7 +138,7 @@ def test_false_switches_entries_off_and_nothing_takes_defaults(tmp_path):
 def test_files_and_overrides_that_cannot_be_read(tmp_path, capsys):
     with pytest.raises(ConfigError, match=r"did you mean .*digits\.yaml"):
         load_config(CONFIG.with_name("digit.yaml"))
-    with pytest.raises(ConfigError, match="key.sub=value; got 'keep'"):
+    with pytest.raises(ConfigError, match=r"key\.sub=value; got 'keep'"):
         load_config(CONFIG, ["keep"])
     bad = tmp_path / "bad.yaml"
     bad.write_text("a: [1")
