@@ -103,7 +103,9 @@ def _signed_omp(gram: np.ndarray, target: np.ndarray, k: int) -> tuple[np.ndarra
     norm = np.sqrt(np.clip(np.diagonal(gram), 0.0, None))
     # The best correlation with a single sample bounds ‖ḡ‖ from below and so sets the scale of all α.
     correlation = np.divide(target, norm, out=np.zeros(m), where=norm > 0)
-    floor = _DEPENDENT * np.abs(correlation).max(initial=0.0) * norm
+    # A mean gradient that cancels to zero leaves only the rounding error of its products in the target.
+    rounding = 8 * np.finfo(np.float64).eps * norm.max(initial=0.0)
+    floor = max(_DEPENDENT * np.abs(correlation).max(initial=0.0), rounding) * norm
 
     alpha = target.copy()
     rows = np.empty((k, m))

@@ -34,13 +34,14 @@ def brute_force_omp(gradients: np.ndarray, matched: np.ndarray, k: int, *, toler
     """
     norms = np.linalg.norm(gradients, axis=1)
     scale = max((abs(g @ matched) / n for g, n in zip(gradients, norms, strict=True) if n > 0), default=0.0)
+    smallest = max(tolerance * scale, 1e-15 * norms.max())
     picks: list[int] = []
     margins: list[float] = []
     weights = np.empty(0)
     while len(picks) < k:
         residual = matched - gradients[picks].T @ weights
         alpha = gradients @ residual
-        candidates = [i for i in range(len(gradients)) if i not in picks and alpha[i] > tolerance * norms[i] * scale]
+        candidates = [i for i in range(len(gradients)) if i not in picks and alpha[i] > norms[i] * smallest]
         if not candidates:
             break
         best = max(candidates, key=lambda i: alpha[i])

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from cases import ANY_SIZE, BATCHNORM, MLP, loader, make_trainer
 from composer import Algorithm, Callback, Event
-from composer.algorithms import ColOut, LabelSmoothing, MixUp, SelectiveBackprop
+from composer.algorithms import ColOut, CutMix, LabelSmoothing, MixUp, SelectiveBackprop
 from composer.algorithms.selective_backprop import select_using_loss
 from composer.loggers import InMemoryLogger
 from composer.models import ComposerClassifier, ComposerModel
@@ -125,7 +125,7 @@ def test_no_warning_where_selection_does_come_first(passes):
         fit(algorithms if passes is None else algorithms[::-1], algorithm_passes=passes, device_train_microbatch_size=2)
 
 
-@pytest.mark.parametrize("other", [MixUp(alpha=0.2), ColOut(), LabelSmoothing(0.1)])
+@pytest.mark.parametrize("other", [MixUp(alpha=0.2), CutMix(), ColOut(), LabelSmoothing(0.1)])
 def test_trains_beside_algorithms_that_change_the_batch(other):
     algorithm = GradMatch(keep=0.3, **ON)
     trainer = fit(
