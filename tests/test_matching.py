@@ -248,6 +248,17 @@ def test_matching_residual_is_the_relative_squared_error_of_the_mean():
     assert matching_residual(gram, target, indices, weights) == pytest.approx(expected)
 
 
+def test_where_few_samples_carry_the_gradient_the_normalised_step_is_longer_than_the_mean():
+    """Algorithm 1's normalisation: 4 of 40 samples carry everything, so their mean is ten times the batch's."""
+    gradients = np.zeros((40, 6))
+    gradients[:4] = random_gradients(4, 6)
+    gram, target = problem(gradients)
+    indices, weights = gram_omp(gram, target, 12)
+    assert sorted(indices.tolist()) == [0, 1, 2, 3]
+    np.testing.assert_allclose(weights, 1 / 40)
+    assert matching_residual(gram, target, indices, normalize_weights(weights)) == pytest.approx(9**2)
+
+
 def test_effective_sample_size_is_between_one_and_the_number_of_picks():
     assert effective_sample_size(np.ones(7)) == pytest.approx(7)
     assert effective_sample_size(np.array([7.0, 0.0])) == pytest.approx(1)
