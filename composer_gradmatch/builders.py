@@ -16,7 +16,7 @@ from composer.utils import dist
 from torch.utils.data import DataLoader, Dataset
 
 from composer_gradmatch import data, models
-from composer_gradmatch.config import ConfigError, argument_problems, matches, nearest
+from composer_gradmatch.config import ConfigError, argument_problems, matches, nearest, show_type
 from composer_gradmatch.gradmatch import GradMatch
 from composer_gradmatch.loss_backprop import LossBackprop
 from composer_gradmatch.random_backprop import RandomBackprop
@@ -161,35 +161,48 @@ def resolve(kind: str, name: str) -> Factory:
     raise ConfigError(f"unknown {kind} {name!r}; {nearest(name, [*table, *added])}")
 
 
+def _check_named(
+    kind: str, name: str, arguments: dict[str, Any] | None, name_at: str, at: str, supplied: tuple[str, ...] = ()
+) -> list[str]:
+    """What is wrong with a name, found at ``name_at``, and its arguments (None: not looked at), found at ``at``."""
+    try:
+        factory = resolve(kind, name)
+    except ConfigError as error:
+        return [f"{name_at}: {error}"]
+    return [] if arguments is None else argument_problems(at, factory, arguments, supplied)
+
+
+def _without_name(kind: str, where: str, section: Any) -> list[str]:
+    if isinstance(section, dict) and isinstance(section.get("name"), str):
+        return []
+    return [f"{where}: expected a mapping with a name, got {section!r}. {nearest('', TABLES[kind][0])}"]
+
+
 def check_section(kind: str, where: str, section: Any, supplied: tuple[str, ...] = ()) -> list[str]:
     """What is wrong with a section ``{name: ..., arguments ...}``: a message for each problem."""
-    if not isinstance(section, dict) or not isinstance(section.get("name"), str):
-        return [f"{where}: expected a mapping with a name, got {section!r}. {nearest('', TABLES[kind][0])}"]
+    if problems := _without_name(kind, where, section):
+        return problems
     arguments = {key: value for key, value in section.items() if key != "name"}
-    try:
-        factory = resolve(kind, section["name"])
-    except ConfigError as error:
-        return [f"{where}.name: {error}"]
-    return argument_problems(where, factory, arguments, supplied)
+    return _check_named(kind, section["name"], arguments, f"{where}.name", where, supplied)
 
 
 def check_loader(where: str, section: Any) -> list[str]:
     """What is wrong with a loader's section: a message for each problem."""
+    problems = _without_name("data set", where, section)
     if not isinstance(section, dict):
-        return [f"{where}: expected a mapping with a name, got {section!r}."]
+        return problems
     dataset = section.get("dataset") or {}
     if not isinstance(dataset, dict):
         return [f"{where}.dataset: expected a mapping, got {dataset!r}."]
-    problems = check_section("data set", where, {"name": section.get("name")})
-    if isinstance(section.get("name"), str) and not any(".name" in problem for problem in problems):
-        problems = argument_problems(f"{where}.dataset", resolve("data set", section["name"]), dataset)
+    if not problems:
+        problems = _check_named("data set", section["name"], dataset, f"{where}.name", f"{where}.dataset")
     for key, value in section.items():
         if key in ("name", "dataset"):
             continue
         if key not in _LOADER_TYPES:
             problems.append(f"{where}.{key}: unknown key; {nearest(key, ['name', 'dataset', *_LOADER_TYPES])}")
         elif not matches(value, _LOADER_TYPES[key]):
-            problems.append(f"{where}.{key}: expected {_LOADER_TYPES[key]}, got {value!r}.")
+            problems.append(f"{where}.{key}: expected {show_type(_LOADER_TYPES[key])}, got {value!r}.")
     return problems
 
 
@@ -199,16 +212,11 @@ def check_entries(kind: str, where: str, entries: Any) -> list[str]:
         return [f"{where}: expected a mapping of names to arguments, got {entries!r}."]
     problems = []
     for name, arguments in (entries or {}).items():
+        at = f"{where}.{name}"
         if arguments is not False and not isinstance(arguments or {}, dict):
-            problems.append(f"{where}.{name}: expected a mapping of arguments, nothing or false, got {arguments!r}.")
-            continue
-        try:
-            factory = resolve(kind, str(name))
-        except ConfigError as error:
-            problems.append(f"{where}.{name}: {error}")
-            continue
-        if arguments is not False:
-            problems += argument_problems(f"{where}.{name}", factory, arguments or {})
+            problems.append(f"{at}: expected a mapping of arguments, nothing or false, got {arguments!r}.")
+        else:
+            problems += _check_named(kind, str(name), None if arguments is False else arguments or {}, at, at)
     return problems
 
 

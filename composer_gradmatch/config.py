@@ -15,7 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-__all__ = ["ConfigError", "argument_problems", "load_config", "matches", "nearest"]
+__all__ = ["ConfigError", "argument_problems", "load_config", "matches", "nearest", "show_type"]
 
 
 class ConfigError(ValueError):
@@ -89,7 +89,7 @@ def argument_problems(
             if not open_ended:
                 problems.append(f"{where}.{key}: unknown key; {nearest(key, named)}")
         elif not matches(value, hint := hints.get(key, Any)):
-            problems.append(f"{where}.{key}: expected {_show(hint)}, got {value!r} ({type(value).__name__}).")
+            problems.append(f"{where}.{key}: expected {show_type(hint)}, got {value!r} ({type(value).__name__}).")
     problems += [
         f"{where}.{name}: missing; it has no default."
         for name, p in named.items()
@@ -145,10 +145,11 @@ def matches(value: Any, hint: Any) -> bool:
     return True
 
 
-def _show(hint: Any) -> str:
+def show_type(hint: Any) -> str:
+    """A type annotation, for an error message."""
     parts = typing.get_args(hint)
     if typing.get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(_show(part) for part in parts)
+        return " or ".join(show_type(part) for part in parts)
     if typing.get_origin(hint) is Literal:
         return " or ".join(map(repr, parts))
     return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))

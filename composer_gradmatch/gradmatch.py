@@ -20,7 +20,14 @@ from composer_gradmatch.last_layer import (
     watch_linears,
 )
 from composer_gradmatch.losses import LossFn, check_unit_weights
-from composer_gradmatch.matching import SOLVERS, Solver, gram_omp, matching_residual, normalize_weights
+from composer_gradmatch.matching import (
+    SOLVERS,
+    Solver,
+    effective_sample_size,
+    gram_omp,
+    matching_residual,
+    normalize_weights,
+)
 from composer_gradmatch.selection_pass import check_scale_factor, no_trace, scale_inputs, unwrap
 from composer_gradmatch.subset_backprop import Selection, TwoPassBackprop, WholeBatch
 
@@ -246,8 +253,7 @@ class GradMatch(TwoPassBackprop):
 
     def _check_order(self, state: State) -> None:
         super()._check_order(state)
-        position = next(i for i, algorithm in enumerate(state.algorithms) if algorithm is self)
-        for other in state.algorithms[position + 1 :]:
+        for other in self._earlier_after_events(state):
             if other.match(Event.BEFORE_LOSS, state) and other.match(Event.AFTER_LOSS, state):
                 raise ValueError(
                     f"{type(other).__name__} changes the batch for the loss and puts it back on AFTER_LOSS, before "
@@ -270,11 +276,10 @@ class GradMatch(TwoPassBackprop):
         """Also shows that the weighted loss is the model's own one, its samples weighted."""
         self._match(state, num_samples, num_picks)
         model = unwrap(state.model)
-        batch = state.batch
         with OutputLayerTap(self._output_layer(state)).open() as tap:
             outputs, losses = self._outputs_and_losses(state, num_samples)
             with get_precision_context(state.precision, state.precision_config):
-                batch = scale_inputs(batch, self.input_key, self.scale_factor)
+                batch = scale_inputs(state.batch, self.input_key, self.scale_factor)
                 own_loss: Any = model.loss(outputs, batch)  # type: ignore[operator]
             check_unit_weights(losses, own_loss, tap.leaf)
 
@@ -295,4 +300,9 @@ class GradMatch(TwoPassBackprop):
             return WholeBatch()
         if isinstance(match, WholeBatch):
             return match
-        return Selection(match.indices, match.weights, {"matching_residual": match.residual})
+        metrics = {
+            "effective_sample_size": effective_sample_size(match.weights.numpy()),
+            "largest_weight": float(match.weights.max()),
+            "matching_residual": match.residual,
+        }
+        return Selection(match.indices, match.weights, metrics)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -30,7 +31,8 @@ class Selection:
         indices (torch.Tensor): The picks, int64, shape (n,), on the CPU.
         weights (torch.Tensor, optional): Their weights, shape (n,), float64, on the CPU, with sum n; None means
             that all are one. Default: ``None``.
-        metrics (dict[str, float], optional): What else to log of the step. Default: ``{}``.
+        metrics (dict[str, float], optional): What else to log of the step; with weights, also their
+            ``effective_sample_size`` and ``largest_weight``. Default: ``{}``.
     """
 
     indices: torch.Tensor
@@ -183,13 +185,16 @@ class SubsetBackprop(Algorithm):
                     "them, or give them intervals that do not overlap."
                 )
 
+    def _earlier_after_events(self, state: State) -> Sequence[Algorithm]:
+        """What runs before this algorithm on AFTER_ events: what stands behind it, since Composer reverses the list."""
+        position = next(i for i, algorithm in enumerate(state.algorithms) if algorithm is self)
+        return state.algorithms[position + 1 :]
+
     def _check_order(self, state: State) -> None:
         """Warns at FIT_START of algorithms that change the batch before this one sees it."""
-        # Composer reverses the list for AFTER_ events: what stands behind this algorithm runs before it.
-        position = next(i for i, algorithm in enumerate(state.algorithms) if algorithm is self)
         earlier = [
             type(other).__name__
-            for other in state.algorithms[position + 1 :]
+            for other in self._earlier_after_events(state)
             if other.match(Event.AFTER_DATALOADER, state)
         ]
         if earlier and self.keep < 1:
@@ -202,7 +207,6 @@ class SubsetBackprop(Algorithm):
 
     def _after_dataloader(self, state: State, logger: Logger) -> None:
         started = time.perf_counter()
-        self._clear_weights()
         state.batch = state.device.batch_to_device(state.batch)
         num_samples = count_samples(state.batch, self.input_key, self.target_key)
         num_picks = max(1, int(self.keep * num_samples))
@@ -225,11 +229,11 @@ class SubsetBackprop(Algorithm):
         n = len(selection.indices)
         if selection.weights is not None:
             self._weights = state.device.tensor_to_device(selection.weights.float())
-        weights = torch.ones(n) if selection.weights is None else selection.weights
         metrics = {
             "fraction_kept": n / num_samples,
-            "effective_sample_size": float(weights.sum() ** 2 / weights.square().sum()),
-            "largest_weight": float(weights.max()),
+            # Of unit weights; a selection with weights of its own brings its own.
+            "effective_sample_size": float(n),
+            "largest_weight": 1.0,
             **selection.metrics,
             # A forward pass is a third of a training step's cost (§2 of the paper).
             "estimated_cost": (num_samples / 3 * self.two_passes + n) / num_samples,

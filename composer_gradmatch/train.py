@@ -28,7 +28,7 @@ from composer_gradmatch.builders import (
     check_loader,
     check_section,
 )
-from composer_gradmatch.config import ConfigError, load_config, matches, nearest
+from composer_gradmatch.config import ConfigError, load_config, matches, nearest, show_type
 from composer_gradmatch.passes import select_first
 from composer_gradmatch.run_summary import RunSummary
 
@@ -98,7 +98,7 @@ def check_config(config: dict[str, Any]) -> None:
         if key not in types:
             problems.append(f"{key}: unknown key; {nearest(key, [*types, *_SECTIONS])}")
         elif not (matches(value, types[key]) or (key == "save_folder" and value is False)):
-            problems.append(f"{key}: got {value!r} ({type(value).__name__}), expected {types[key]}.")
+            problems.append(f"{key}: got {value!r} ({type(value).__name__}), expected {show_type(types[key])}.")
     for key in ("global_train_batch_size", "device_eval_batch_size"):
         if isinstance(config.get(key), int) and config[key] < 1:
             problems.append(f"{key}: expected at least 1, got {config[key]}.")

@@ -97,3 +97,18 @@ def make_trainer(model, train, algorithms, *, lr: float = 0.1, max_duration: str
         progress_bar=False,
         **kwargs,
     )
+
+
+def record_selections(algorithm):
+    """The (batch before it, selection) of each step that an algorithm selects in, as they come."""
+    seen = []
+    original = algorithm._select
+
+    def select(state, num_samples, num_picks):
+        batch = state.batch
+        selection = original(state, num_samples, num_picks)
+        seen.append((batch, selection))
+        return selection
+
+    algorithm._select = select
+    return seen

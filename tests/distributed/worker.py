@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from cases import CONV, loader, make_trainer
+from cases import CONV, loader, make_trainer, record_selections
 from composer.utils import dist, get_device
 
 from composer_gradmatch import GradMatch, select_first
@@ -23,15 +23,7 @@ if __name__ == "__main__":
             dataset.tensors[0][i], dataset.tensors[1][i] = dataset.tensors[0][(i % 6)], dataset.tensors[1][i % 6]
     model = CONV.model()
     algorithm = GradMatch(start=0.0, end=1.0, keep=0.5, interrupt=0)
-    seen = {}
-    original = algorithm._select
-
-    def spy(state, num_samples, num_picks):
-        seen["batch"] = state.batch
-        seen["selection"] = original(state, num_samples, num_picks)
-        return seen["selection"]
-
-    algorithm._select = spy
+    seen = record_selections(algorithm)
     trainer = make_trainer(
         model,
         loader(dataset, 12),
@@ -40,7 +32,7 @@ if __name__ == "__main__":
         device_train_microbatch_size=microbatch_size,
     )
     trainer.fit()
-    selection, (inputs, targets) = seen["selection"], seen["batch"]
+    (((inputs, targets), selection),) = seen
     torch.save(
         {
             "inputs": inputs[selection.indices],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cases import CONV, MLP, STEP_CASES, loader, make_trainer
+from cases import CONV, MLP, STEP_CASES, loader, make_trainer, record_selections
 from composer import DataSpec, Trainer
 from composer.algorithms import SAM
 from composer.algorithms.sam.sam import SAMOptimizer
@@ -142,18 +142,12 @@ def test_a_step_in_low_precision_with_and_without_a_gradient_scaler(scaled, monk
     )
     if scaled:
         trainer.state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
-    seen = {}
-    original = algorithm._select
-
-    def spy(*args):
-        seen["selection"] = original(*args)
-        return seen["selection"]
-
-    monkeypatch.setattr(algorithm, "_select", spy)
+    seen = record_selections(algorithm)
     trainer.fit()
     steps = [p.detach() - b for p, b in zip(model.module.parameters(), before, strict=True)]
     # Picks in bfloat16 may differ from the float64 reference; the step on them must not.
-    picks, weights = seen["selection"].indices, seen["selection"].weights
+    ((_, selection),) = seen
+    picks, weights = selection.indices, selection.weights
     inputs, targets = dataset.tensors
     assert_steps_equal(steps, weighted_gradient(module, inputs[picks], targets[picks], weights), tolerance=0.03)
 
@@ -188,14 +182,13 @@ def test_a_duplicated_high_loss_sample_is_picked_once_with_more_weight():
         twin = (hardest + 1) % M
         inputs[twin], targets[twin] = inputs[hardest], targets[hardest]
     algorithm = always()
-    seen = []
-    original = algorithm._select
-    algorithm._select = lambda *args: seen.append(original(*args)) or seen[-1]
+    seen = record_selections(algorithm)
     make_trainer(model, loader(dataset, M), [algorithm], algorithm_passes=[select_first]).fit()
-    picks = seen[0].indices.tolist()
+    ((_, selection),) = seen
+    picks = selection.indices.tolist()
     picked_twins = {hardest, twin} & set(picks)
     assert len(picked_twins) == 1
-    weights = dict(zip(picks, seen[0].weights.tolist(), strict=True))
+    weights = dict(zip(picks, selection.weights.tolist(), strict=True))
     assert weights[picked_twins.pop()] > 1.5 * np.median(list(weights.values()))
 
 
