@@ -124,9 +124,9 @@ _SCHEDULERS: dict[str, Factory] = {
 TABLES: dict[str, tuple[dict[str, Factory], str | None]] = {
     "algorithm": (_ALGORITHMS, "llmfoundry_algorithms"),
     "callback": (_CALLBACKS, "llmfoundry_callbacks"),
-    "data set": ({"digits": data.digits}, "composer_gradmatch_data"),
+    "data set": ({"digits": data.digits, "mnist5k": data.mnist5k}, "composer_gradmatch_data"),
     "logger": (_LOGGERS, "llmfoundry_loggers"),
-    "model": ({"digits_cnn": models.digits_cnn}, "composer_gradmatch_models"),
+    "model": ({"digits_cnn": models.digits_cnn, "mnist_cnn": models.mnist_cnn}, "composer_gradmatch_models"),
     "optimizer": (_OPTIMIZERS, None),
     "scheduler": (_SCHEDULERS, None),
 }
@@ -139,6 +139,7 @@ _LOADER_TYPES = {
     "prefetch_factor": int | None,
     "persistent_workers": bool,
     "timeout": float,
+    "label_noise": dict | None,
 }
 
 
@@ -203,6 +204,8 @@ def check_loader(where: str, section: Any) -> list[str]:
             problems.append(f"{where}.{key}: unknown key; {nearest(key, ['name', 'dataset', *_LOADER_TYPES])}")
         elif not matches(value, _LOADER_TYPES[key]):
             problems.append(f"{where}.{key}: expected {show_type(_LOADER_TYPES[key])}, got {value!r}.")
+        elif key == "label_noise" and value:
+            problems += argument_problems(f"{where}.label_noise", data.NoisyLabels, value, supplied=("dataset",))
     return problems
 
 
@@ -253,16 +256,22 @@ def build_loader(section: dict[str, Any], batch_size: int, where: str) -> DataLo
     """Builds a data loader over a data set, with Composer's distributed sampler.
 
     Args:
-        section (dict[str, Any]): Checked: name, dataset, shuffle, drop_last and the loader's own arguments.
+        section (dict[str, Any]): Checked: name, dataset, shuffle, drop_last, label_noise (the arguments of
+            :class:`.NoisyLabels`) and the loader's own arguments.
         batch_size (int): Samples a batch on this rank.
         where (str): The section's key, for the error message.
 
     Raises:
-        ConfigError: If there would be no batch.
+        ConfigError: If the data cannot be loaded, or there would be no batch.
     """
-    options = {key: value for key, value in section.items() if key not in ("name", "dataset")}
+    options = {key: value for key, value in section.items() if key not in ("name", "dataset", "label_noise")}
     shuffle, drop_last = options.pop("shuffle", False), options.pop("drop_last", False)
-    dataset: Dataset = resolve("data set", section["name"])(**(section.get("dataset") or {}))
+    try:
+        dataset: Dataset = resolve("data set", section["name"])(**(section.get("dataset") or {}))
+        if section.get("label_noise"):
+            dataset = data.NoisyLabels(dataset, **section["label_noise"])
+    except (OSError, ImportError, ValueError) as error:
+        raise ConfigError(f"{where}: {error}") from error
     sampler = dist.get_sampler(dataset, shuffle=shuffle, drop_last=drop_last)
     loader = DataLoader(dataset, batch_size=batch_size, sampler=sampler, drop_last=drop_last, **options)
     if not len(loader):

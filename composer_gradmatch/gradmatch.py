@@ -29,9 +29,10 @@ from composer_gradmatch.matching import (
     normalize_weights,
 )
 from composer_gradmatch.selection_pass import check_scale_factor, no_trace, scale_inputs, unwrap
+from composer_gradmatch.spans import span
 from composer_gradmatch.subset_backprop import Selection, TwoPassBackprop, WholeBatch
 
-__all__ = ["GradMatch", "Match", "match_mean_gradient", "select_using_gradient_matching"]
+__all__ = ["GradMatch", "Match", "match_mean_gradient", "observe_output_layer", "select_using_gradient_matching"]
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,11 @@ def match_mean_gradient(
     Raises:
         ValueError: If the gradients are not finite.
     """
-    gram = last_layer_gram(inputs.double(), output_grads.double(), bias).cpu().numpy()
-    target = gram.mean(axis=1)
-    indices, weights = gram_omp(gram, target, num_picks, solver=solver)
+    with span("gram"):
+        gram = last_layer_gram(inputs.double(), output_grads.double(), bias).cpu().numpy()
+    with span("matching"):
+        target = gram.mean(axis=1)
+        indices, weights = gram_omp(gram, target, num_picks, solver=solver)
     indices, weights = indices[weights > 0], weights[weights > 0]
     if not len(indices):
         return None
@@ -129,7 +132,7 @@ def select_using_gradient_matching(
     (scaled,) = scale_inputs((input,), 0, scale_factor)
     with no_trace(model):
         if output_layer is None:
-            layer = _observe_output_layer(model, scaled)
+            layer = observe_output_layer(model, scaled)
         else:
             layer = resolve_output_layer(model, output_layer)
         with OutputLayerTap(layer).open() as tap:
@@ -146,7 +149,16 @@ def select_using_gradient_matching(
 
 
 @torch.no_grad()
-def _observe_output_layer(model: nn.Module, batch: Any) -> nn.Linear:
+def observe_output_layer(model: nn.Module, batch: Any) -> nn.Linear:
+    """The linear layer that puts out what a model returns, found by one forward pass.
+
+    Args:
+        model (nn.Module): Called on the batch; wrap in :func:`.no_trace` to leave its buffers alone.
+        batch (Any): What the model takes.
+
+    Raises:
+        ValueError: If no linear layer's output is among the model's outputs.
+    """
     with watch_linears(model) as calls:
         outputs = model(batch)
     return find_output_layer(model, calls, list(tensor_leaves(outputs)))
@@ -269,7 +281,7 @@ class GradMatch(TwoPassBackprop):
             else:
                 batch = scale_inputs(state.batch, self.input_key, self.scale_factor)
                 with no_trace(model), get_precision_context(state.precision, state.precision_config):
-                    self._layer = _observe_output_layer(model, batch)
+                    self._layer = observe_output_layer(model, batch)
         return self._layer
 
     def _rehearse(self, state: State, num_samples: int, num_picks: int) -> None:
@@ -287,7 +299,8 @@ class GradMatch(TwoPassBackprop):
         layer = self._output_layer(state)
         with no_trace(unwrap(state.model)), OutputLayerTap(layer).open() as tap:
             _, losses = self._outputs_and_losses(state, num_samples)
-            inputs, grads = tap.inputs_and_grads(losses)
+            with span("output_gradients"):
+                inputs, grads = tap.inputs_and_grads(losses)
         if not (inputs.isfinite().all() and grads.isfinite().all()):
             return WholeBatch(
                 "a minibatch has last-layer gradients that are not finite; it and others like it are trained whole."

@@ -37,4 +37,9 @@ def select_first(algorithms: Sequence[Algorithm], event: Event) -> Sequence[Algo
                 algorithm.ordered_first = True
     if event not in (Event.AFTER_DATALOADER, Event.BEFORE_FORWARD, Event.AFTER_LOSS):
         return algorithms
-    return sorted(algorithms, key=lambda algorithm: not isinstance(algorithm, SubsetBackprop | SelectiveBackprop))
+    return sorted(
+        algorithms,
+        key=lambda algorithm: (
+            not (isinstance(algorithm, SelectiveBackprop) or getattr(algorithm, "selects_samples", False))
+        ),
+    )

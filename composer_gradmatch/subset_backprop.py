@@ -19,6 +19,7 @@ from composer.models import ComposerModel
 from composer_gradmatch.batches import count_samples, match_rows, take_samples
 from composer_gradmatch.losses import LossFn, check_reduction, per_sample_losses, weighted_loss
 from composer_gradmatch.selection_pass import check_scale_factor, no_trace, scale_inputs, unwrap
+from composer_gradmatch.spans import span
 
 __all__ = ["Selection", "SubsetBackprop", "TwoPassBackprop", "WholeBatch"]
 
@@ -76,6 +77,8 @@ class SubsetBackprop(Algorithm):
     log_name: ClassVar[str]
     #: Whether selection needs a forward pass of its own.
     two_passes: ClassVar[bool] = False
+    #: Tells :func:`.select_first` that this algorithm comes first.
+    selects_samples: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -225,7 +228,8 @@ class SubsetBackprop(Algorithm):
                 self._warned.add(selection.warning)
                 warnings.warn(f"{type(self).__name__}: {selection.warning}", stacklevel=2)
             return
-        state.batch = take_samples(state.batch, selection.indices, num_samples)
+        with span("indexing"):
+            state.batch = take_samples(state.batch, selection.indices, num_samples)
         n = len(selection.indices)
         if selection.weights is not None:
             self._weights = state.device.tensor_to_device(selection.weights.float())
@@ -312,7 +316,7 @@ class TwoPassBackprop(SubsetBackprop):
         """The model's outputs on ``state.batch``, scaled down, and its samples' losses, in the run's precision."""
         model = unwrap(state.model)
         batch = scale_inputs(state.batch, self.input_key, self.scale_factor)
-        with get_precision_context(state.precision, state.precision_config):
+        with span("selection_forward"), get_precision_context(state.precision, state.precision_config):
             try:
                 outputs = model(batch)
             except RuntimeError as error:

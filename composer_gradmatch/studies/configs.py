@@ -1,0 +1,88 @@
+"""A user's config, turned into the config of one run of a study."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+from composer_gradmatch.builders import build_named, resolve
+from composer_gradmatch.config import ConfigError
+from composer_gradmatch.data import SHAPES
+
+__all__ = ["accuracy_metric", "learning_rate", "quiet", "with_label_noise", "with_synthetic_data"]
+
+
+def quiet(config: dict[str, Any], run_name: str) -> dict[str, Any]:
+    """A copy that writes no checkpoint and no log file, and shows no progress bar of its own."""
+    loggers = {name: value for name, value in (config.get("loggers") or {}).items() if name != "file"}
+    dropped = ("autoresume", "save_folder", "save_interval", "save_num_checkpoints_to_keep", "save_overwrite")
+    kept = {key: copy.deepcopy(value) for key, value in config.items() if key not in dropped}
+    own = {"run_name": run_name, "loggers": loggers, "save_folder": None, "progress_bar": False}
+    return {**kept, **own}
+
+
+def with_label_noise(config: dict[str, Any], fraction: float, seed: int) -> dict[str, Any]:
+    """A copy whose training labels are noisy; see :class:`.NoisyLabels`."""
+    if not fraction:
+        return config
+    noise = {**(config["train_loader"].get("label_noise") or {}), "fraction": fraction, "seed": seed}
+    return {**config, "train_loader": {**config["train_loader"], "label_noise": noise}}
+
+
+def with_synthetic_data(config: dict[str, Any]) -> dict[str, Any]:
+    """A copy that trains on random tensors of its data set's shape.
+
+    Raises:
+        ConfigError: If the shape of the data set is not known.
+    """
+    loader = config["train_loader"]
+    if loader["name"] == "synthetic":
+        return config
+    if loader["name"] not in SHAPES:
+        raise ConfigError(
+            f"--synthetic: the shape of the data set {loader['name']!r} is not known (known: {', '.join(SHAPES)}). "
+            "Give it: train_loader.name=synthetic "
+            "train_loader.dataset='{input_shape: [3, 32, 32], num_classes: 10}'"
+        )
+    shape, num_classes = SHAPES[loader["name"]]
+    samples = max(1024, 2 * config["global_train_batch_size"])
+    dataset = {"input_shape": list(shape), "num_classes": num_classes, "num_samples": samples}
+    return {**config, "train_loader": {**loader, "name": "synthetic", "dataset": dataset}}
+
+
+def accuracy_metric(config: dict[str, Any], metric: str | None) -> str:
+    """The logged name of the metric that a study compares, checked against the model's own.
+
+    Args:
+        config (dict[str, Any]): A checked config.
+        metric (str, optional): The metric's name, e.g. ``"MulticlassAccuracy"``; higher must be better. None takes
+            the one with Accuracy in its name.
+
+    Raises:
+        ConfigError: If there is no evaluation, or no such metric.
+    """
+    if not config.get("eval_loader"):
+        raise ConfigError("eval_loader: missing; the study compares test accuracy. Add the data set's test split.")
+    names = list(build_named("model", config["model"]).get_metrics(is_train=False))
+    found = [name for name in names if (name == metric if metric else "Accuracy" in name)]
+    if not found:
+        raise ConfigError(
+            f"--metric: the model has no evaluation metric {metric or 'with Accuracy in its name'}; it has "
+            f"{', '.join(names) or 'none'}. Name one of these (higher must be better)."
+        )
+    return f"metrics/eval/{found[0]}"
+
+
+def learning_rate(config: dict[str, Any]) -> float:
+    """The config's learning rate, or its optimizer's default.
+
+    Raises:
+        ConfigError: If neither is a number.
+    """
+    optimizer = config["optimizer"]
+    parameter = inspect.signature(resolve("optimizer", optimizer["name"])).parameters.get("lr")
+    value = optimizer.get("lr", None if parameter is None else parameter.default)
+    if not isinstance(value, int | float):
+        raise ConfigError("optimizer.lr: missing; the study scales the learning rate. Give one, e.g. 0.1.")
+    return float(value)

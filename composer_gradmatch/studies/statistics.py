@@ -1,0 +1,106 @@
+"""Paired differences with 95 % intervals, and what they allow to say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+__all__ = ["Difference", "compare_at_cost", "compare_paired", "interval_of_median"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean paired difference.
+
+    Attributes:
+        mean (float): The mean over pairs.
+        low (float): Lower end of the 95 % interval; NaN if the pairs cannot give one.
+        high (float): Its upper end.
+        pairs (int): How many.
+    """
+
+    mean: float
+    low: float
+    high: float
+    pairs: int
+
+    @property
+    def verdict(self) -> str:
+        """``"better"``, ``"worse"`` or ``"not distinguishable"``: whether the interval excludes zero."""
+        if self.low > 0:
+            return "better"
+        return "worse" if self.high < 0 else "not distinguishable"
+
+    def __str__(self) -> str:
+        if self.pairs == 0:
+            return "no pairs"
+        if np.isnan(self.low):
+            return f"{self.mean:+.4f} (no interval)"
+        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+
+
+def compare_paired(differences: Sequence[float]) -> Difference:
+    """The mean of paired differences with Student's 95 % interval.
+
+    A single pair, or pairs that all differ by the same amount, give no interval: there is no spread to judge by.
+
+    Args:
+        differences (Sequence[float]): One for each pair (seed).
+    """
+    values = np.asarray(differences, dtype=float)
+    if not len(values):
+        return Difference(float("nan"), float("nan"), float("nan"), 0)
+    mean = float(values.mean())
+    if len(values) < 2 or np.ptp(values) <= 1e-12 * max(1.0, abs(mean)):
+        return Difference(mean, float("nan"), float("nan"), len(values))
+    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+    return Difference(mean, mean - half, mean + half, len(values))
+
+
+def interval_of_median(values: Sequence[float]) -> tuple[float, float]:
+    """A distribution-free 95 % interval of the median, of order statistics (the range, below six values)."""
+    ordered = np.sort(np.asarray(values, dtype=float))
+    n = len(ordered)
+    lower = max(int(stats.binom.ppf(0.025, n, 0.5)) - 1, 0)
+    return float(ordered[lower]), float(ordered[n - 1 - lower])
+
+
+def compare_at_cost(
+    accuracies: Sequence[float],
+    cost: tuple[float, float, float],
+    curve_costs: Sequence[float],
+    curves: Sequence[Sequence[float]],
+) -> Difference:
+    """A strategy against a curve of accuracy over cost, read at the strategy's own cost.
+
+    For each seed the curve is interpolated between its points; the interval is the widest over the cost's own
+    interval and over interpolation linear in the cost and in its logarithm. A strategy that costs more than the
+    curve's last point is compared with that point.
+
+    Args:
+        accuracies (Sequence[float]): The strategy's, one for each seed.
+        cost (tuple[float, float, float]): Its cost, and the lower and upper end of the cost's interval.
+        curve_costs (Sequence[float]): Costs of the curve's points, shape (k,).
+        curves (Sequence[Sequence[float]]): The curve's accuracies for the same seeds, shape (seeds, k).
+
+    Returns:
+        Difference: No pairs if the strategy costs less than the curve's first point.
+    """
+    order = np.argsort(curve_costs)
+    x = np.asarray(curve_costs, dtype=float)[order]
+    if len(x) < 2 or cost[0] < x[0]:
+        return compare_paired([])
+
+    def compare(at: float, logarithmic: bool) -> Difference:
+        points, place = (np.log(x), np.log(at)) if logarithmic else (x, at)
+        read = [np.interp(place, points, np.asarray(curve, dtype=float)[order]) for curve in curves]
+        return compare_paired(np.asarray(accuracies, dtype=float) - read)
+
+    central = compare(cost[0], False)
+    every = [compare(at, logarithmic) for at in cost for logarithmic in (False, True)]
+    if any(np.isnan(each.low) for each in every):
+        return Difference(central.mean, float("nan"), float("nan"), central.pairs)
+    return Difference(central.mean, min(e.low for e in every), max(e.high for e in every), central.pairs)
