@@ -22,6 +22,8 @@ from composer_gradmatch.studies.strategies import STRATEGIES
 
 __all__ = ["draw_accuracy", "draw_accuracy_over_cost", "draw_gradient_errors", "draw_learning_rates", "draw_step_times"]
 
+#: A DataFrame or Series: pandas' own annotations cannot tell which of them an index gives.
+Table = Any
 _COLOURS = dict(
     zip(["gradmatch", "loss", "random", "selective_backprop"], sns.color_palette("colorblind"), strict=False)
 )
@@ -49,7 +51,7 @@ def _log_ticks(axis: Any, values: Any) -> None:
     axis.set_ticks([], minor=True)
 
 
-def _lines(axes: Axes, data: pd.DataFrame, x: str, y: str) -> None:
+def _lines(axes: Axes, data: Table, x: str, y: str) -> None:
     present = [name for name in STRATEGIES if name in set(data["strategy"])]
     sns.lineplot(
         data,
@@ -67,13 +69,13 @@ def _lines(axes: Axes, data: pd.DataFrame, x: str, y: str) -> None:
     )
 
 
-def _full_line(axes: Axes, full: pd.Series) -> None:
+def _full_line(axes: Axes, full: Table) -> None:
     if len(full):
         axes.axhline(full.mean(), color=_COLOURS["full"], linestyle="--", label="full")
         axes.axhspan(full.min(), full.max(), color=_COLOURS["full"], alpha=0.12, linewidth=0)
 
 
-def draw_accuracy(data: pd.DataFrame, path: Path, title: str) -> None:
+def draw_accuracy(data: Table, path: Path, title: str) -> None:
     """Figures 1, 2 and 4: test accuracy over keep, best over epochs and of the last one."""
     figure, panels = _start(2, sharey=True)
     full = data[data["strategy"] == "full"]
@@ -93,7 +95,7 @@ def draw_accuracy(data: pd.DataFrame, path: Path, title: str) -> None:
     _save(figure, path)
 
 
-def draw_accuracy_over_cost(data: pd.DataFrame, path: Path, title: str) -> None:
+def draw_accuracy_over_cost(data: Table, path: Path, title: str) -> None:
     """Test accuracy over the measured cost of training, with the full batch as the end of random's curve."""
     figure, panels = _start(2, sharey=True)
     full = data[data["strategy"] == "full"].assign(strategy="random")
@@ -111,7 +113,7 @@ def draw_accuracy_over_cost(data: pd.DataFrame, path: Path, title: str) -> None:
     _save(figure, path)
 
 
-def draw_learning_rates(data: pd.DataFrame, path: Path, title: str) -> None:
+def draw_learning_rates(data: Table, path: Path, title: str) -> None:
     """Figure 5: best test accuracy over the learning-rate factor β, a panel for each keep."""
     keeps = sorted(set(data.loc[data["strategy"] != "full", "keep"])) or [1.0]
     figure, panels = _start(len(keeps), sharey=True)
@@ -132,7 +134,7 @@ def draw_learning_rates(data: pd.DataFrame, path: Path, title: str) -> None:
     _save(figure, path)
 
 
-def draw_gradient_errors(data: pd.DataFrame, path: Path, title: str) -> None:
+def draw_gradient_errors(data: Table, path: Path, title: str) -> None:
     """Figure 3: histograms of the squared error of all parameters' gradient, of the last layer's, and the cosine."""
     columns = {
         "squared_error": "squared L2 error, all parameters",
@@ -173,7 +175,7 @@ def draw_gradient_errors(data: pd.DataFrame, path: Path, title: str) -> None:
     _save(figure, path)
 
 
-def draw_step_times(table: pd.DataFrame, parts: pd.DataFrame, path: Path, title: str) -> None:
+def draw_step_times(table: Table, parts: Table, path: Path, title: str) -> None:
     """Table 1 as a figure: a step's time relative to the full batch's, and the parts it is spent in.
 
     Args:

@@ -96,8 +96,8 @@ def compare_at_cost(
 
     def compare(at: float, logarithmic: bool) -> Difference:
         points, place = (np.log(x), np.log(at)) if logarithmic else (x, at)
-        read = [np.interp(place, points, np.asarray(curve, dtype=float)[order]) for curve in curves]
-        return compare_paired(np.asarray(accuracies, dtype=float) - read)
+        read = [float(np.interp(place, points, np.asarray(curve, dtype=float)[order])) for curve in curves]
+        return compare_paired([own - other for own, other in zip(accuracies, read, strict=True)])
 
     central = compare(cost[0], False)
     every = [compare(at, logarithmic) for at in cost for logarithmic in (False, True)]

@@ -1,0 +1,155 @@
+"""The accuracy study's report: at equal keep, and at equal cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from scipy import stats
+
+from composer_gradmatch.studies.figures import draw_accuracy, draw_accuracy_over_cost
+from composer_gradmatch.studies.statistics import Difference, compare_at_cost, compare_paired
+from composer_gradmatch.studies.step_time import estimated_cost
+from composer_gradmatch.studies.store import Store
+from composer_gradmatch.studies.tables import Table, cell_order, conditions, frame, markdown, measured_costs, range_of
+
+__all__ = ["paired_with", "report_accuracy", "what_seeds_can_tell"]
+
+Costs = dict[tuple[str, float], tuple[float, float, float]]
+_COLUMNS = {"best": "best_accuracy", "last": "last_accuracy"}
+
+
+def _by_seed(data: Table, strategy: str, keep: float, column: str) -> Table:
+    own = data[(data["strategy"] == strategy) & (data["keep"] == keep)]
+    return own.set_index("seed")[column].astype(float)
+
+
+def paired_with(data: Table, cell: tuple[str, float], other: tuple[str, float], column: str) -> Difference:
+    """The difference of a cell (strategy, keep) to another one over the seeds that both have."""
+    difference = _by_seed(data, *cell, column) - _by_seed(data, *other, column)
+    return compare_paired(difference.dropna().tolist())
+
+
+def at_equal_cost(data: Table, cell: tuple[str, float], costs: Costs, column: str) -> Difference | None:
+    """The difference of a cell to random's curve at the cell's own measured cost; None if it cannot be told."""
+    keeps = sorted(set(data.loc[data["strategy"] == "random", "keep"]))
+    points = [("random", keep) for keep in keeps] + [("full", 1.0)]
+    points = [point for point in points if point in costs and len(_by_seed(data, *point, column))]
+    if cell not in costs or len(points) < 2:
+        return None
+    table = pd.concat([_by_seed(data, *point, column) for point in points], axis=1).dropna()
+    own = _by_seed(data, *cell, column)
+    seeds = [seed for seed in own.index if seed in table.index]
+    curve_costs = [costs[point][0] for point in points]
+    return compare_at_cost(own[seeds].tolist(), costs[cell], curve_costs, table.loc[seeds].to_numpy().tolist())
+
+
+def what_seeds_can_tell(seeds: int, differences: list[Difference], unit: str = "accuracy") -> list[str]:
+    """Lines that say how small a difference the study can see, and how many comparisons it makes."""
+    told = [each for each in differences if each.low == each.low]
+    if seeds < 2:
+        return ["One seed tells nothing about chance: no interval and no verdict can be given.", ""]
+    quantile = stats.t.ppf(0.975, seeds - 1)
+    text = (
+        f"{seeds} seeds: a 95 % interval reaches {quantile:.1f} standard errors to each side (2.0 with many seeds)"
+        f"{', so these runs can tell very little' if seeds < 5 else ''}."
+    )
+    if told:
+        half = pd.Series([(each.high - each.low) / 2 for each in told]).median()
+        text += f" The median interval here is ±{half:.4f}: smaller differences in {unit} could not have shown."
+    comparisons = len(told)
+    text += (
+        f" With {comparisons} comparisons about {0.05 * comparisons:.1f} would be called better or worse by chance "
+        'alone. "Not distinguishable" does not mean equal.'
+    )
+    return [text, ""]
+
+
+def report_accuracy(store: Store, name: str) -> list[str]:
+    """Draws the figures and returns the summary's lines."""
+    data = frame(store.records("accuracy"))
+    lines = [f"# Accuracy study of {name}", "", *conditions(store, "accuracy"), ""]
+    if data.empty:
+        return [*lines, "No run succeeded: there is nothing to compare."]
+    costs = measured_costs(store)
+    cells = cell_order(data)
+    noise, batch_size = data["label_noise"].iloc[0], data["batch_size"].iloc[0]
+    title = f"{name}, label noise {noise:.0%}, {batch_size} batch size, {data['seed'].nunique()} seeds"
+    lines += [
+        f"Label noise {noise:.0%}, {batch_size} batch size, budget counted in forward passes. *Best* is the maximum "
+        "over epochs on the test set, as in the paper, and so optimistic; *last* is the last epoch. Differences are "
+        "paired by seed, with Student's 95 % intervals.",
+        "",
+        "## Accuracy",
+        "",
+    ]
+    rows = []
+    for cell in cells:
+        own = data[(data["strategy"] == cell[0]) & (data["keep"] == cell[1])]
+        ranges = [range_of(own[column]) for column in _COLUMNS.values()]
+        versus = ["" if cell[0] == "full" else str(paired_with(data, cell, ("full", 1.0), "last_accuracy"))]
+        rows.append([cell[0], f"{cell[1]:g}", len(own), *ranges, *versus])
+    head = ["strategy", "keep", "runs", "best: mean (min to max)", "last: mean (min to max)", "last: minus full batch"]
+    lines += markdown(head, rows)
+
+    compared = [cell for cell in cells if cell[0] not in ("random", "full")]
+    verdicts, differences = [], []
+    tables: dict[str, list[list[Any]]] = {column: [] for column in _COLUMNS}
+    for cell in compared:
+        cost = costs.get(cell)
+        shown = f"{cost[0]:.2f} ({cost[1]:.2f} to {cost[2]:.2f})" if cost else "not measured"
+        words = []
+        for label, column in _COLUMNS.items():
+            equal_keep = paired_with(data, cell, ("random", cell[1]), column)
+            equal_cost = at_equal_cost(data, cell, costs, column)
+            differences += [equal_keep, *([] if equal_cost is None else [equal_cost])]
+            tables[label].append([cell[0], f"{cell[1]:g}", *_shown(equal_keep), shown, *_shown(equal_cost)])
+            words.append(f"{label} epoch: {_word(equal_keep)} at equal keep, {_word(equal_cost)} at equal cost")
+        time = f"{cost[0]:.0%} of the full batch's time" if cost else "cost not measured"
+        verdicts.append(f"- **{cell[0]} at keep {cell[1]:g}** ({time}), against random: {'; '.join(words)}.")
+    lines += ["## Verdict", "", *verdicts, ""]
+    lines += what_seeds_can_tell(int(data["seed"].nunique()), differences)
+    head = ["strategy", "keep", "minus random at equal keep", "verdict", "measured cost", "minus random at equal cost"]
+    for label, table in tables.items():
+        lines += [f"## Against random, {label} epoch", "", *markdown([*head, "verdict"], table)]
+    lines += [
+        "*Measured cost* is the median time of a step for a sample of the minibatch, with selection, as a share of the "
+        "full batch's (95 % interval of the median), measured alone on the machine and interleaved; data loading is "
+        "not in it. *At equal cost* reads random's curve (its last point is the full batch, at cost 1) at that cost; "
+        "its interval also covers the cost's interval and linear or logarithmic interpolation. What costs more than "
+        "the full batch is compared with the full batch.",
+        "",
+    ]
+    if costs:
+        lines += _cost_table(data, costs)
+    draw_accuracy(data, store.folder / "accuracy", title)
+    priced = data.assign(
+        cost=[costs.get((s, k), (float("nan"),))[0] for s, k in zip(data["strategy"], data["keep"], strict=True)]
+    ).dropna(subset=["cost"])
+    if not priced.empty:
+        draw_accuracy_over_cost(priced, store.folder / "accuracy_over_cost", title)
+    return lines
+
+
+def _cost_table(data: Table, costs: Costs) -> list[str]:
+    rows = []
+    for cell in cell_order(data):
+        if cell in costs:
+            median, low, high = costs[cell]
+            model = f"{estimated_cost(*cell):.2f}"
+            rows.append([cell[0], f"{cell[1]:g}", f"{median:.2f}", f"{low:.2f} to {high:.2f}", model])
+    return ["## Cost", "", *markdown(["strategy", "keep", "measured", "95 % interval", "cost model"], rows)]
+
+
+def _word(difference: Difference | None) -> str:
+    if difference is None or difference.pairs == 0:
+        return "nothing to compare with"
+    if difference.low != difference.low:
+        return "not distinguishable (no spread between seeds to judge by)"
+    return f"{difference.verdict} ({difference.mean:+.4f})"
+
+
+def _shown(difference: Difference | None) -> list[str]:
+    if difference is None or difference.pairs == 0:
+        return ["", "nothing to compare with"]
+    return [str(difference), difference.verdict]

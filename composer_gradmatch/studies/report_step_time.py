@@ -1,0 +1,58 @@
+"""The step-time study's report."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from composer_gradmatch.studies.figures import draw_step_times
+from composer_gradmatch.studies.statistics import interval_of_median
+from composer_gradmatch.studies.step_time import PARTS, estimated_cost
+from composer_gradmatch.studies.store import Store
+from composer_gradmatch.studies.tables import cell_order, conditions, frame, markdown
+
+__all__ = ["report_step_time"]
+
+
+def report_step_time(store: Store, name: str) -> list[str]:
+    """Draws Table 1 and returns the summary's lines."""
+    data = frame(store.records("step-time"))
+    lines = [f"# Step-time study of {name}", "", *conditions(store, "step-time"), ""]
+    if data.empty:
+        return [*lines, "The run failed: there is nothing to compare."]
+    steps, timed = data[data["measured"] == "step"], data[data["measured"] == "parts"]
+    size = int(steps.loc[steps["strategy"] == "full", "batch_size"].iloc[0])
+    rounds = steps.groupby(["strategy", "keep"]).size().min()
+    full_seconds = timed.loc[timed["strategy"] == "full", "seconds"].median()
+    synthetic = ", random tensors in the place of data" if data["synthetic"].any() else ""
+    title = f"{name}, M = {size}, medians of {rounds} interleaved steps{synthetic}"
+    lines += [
+        f"M = {size}{synthetic}; medians of {rounds} steps of each strategy, interleaved in random order; "
+        "ratios to the full batch's step of the same round, with the 95 % interval of the median. Data loading is not "
+        "in it. The cost models are m/M for random and (M/3 + m)/M for two passes.",
+        "",
+    ]
+    rows, table, shares, parts = [], [], [], []
+    for strategy, keep in cell_order(steps):
+        own = steps[(steps["strategy"] == strategy) & (steps["keep"] == keep)]
+        low, high = interval_of_median(own["ratio"])
+        ratio, model = float(own["ratio"].median()), estimated_cost(strategy, keep)
+        table.append({"strategy": strategy, "keep": keep, "ratio": ratio, "low": low, "high": high})
+        milliseconds = f"{own['seconds'].median() * 1000:.1f}"
+        rows.append([strategy, f"{keep:g}", milliseconds, f"{ratio:.2f}", f"{low:.2f} to {high:.2f}", f"{model:.2f}"])
+        split = timed[(timed["strategy"] == strategy) & (timed["keep"] == keep)]
+        seconds = {part: split[f"{part}_seconds"].median() for part in PARTS}
+        total = sum(seconds.values())
+        parts.append({"strategy": strategy, "keep": keep, **{part: s / full_seconds for part, s in seconds.items()}})
+        shares.append([strategy, f"{keep:g}", *(f"{s / total:.1%}" if s else "" for s in seconds.values())])
+    lines += ["## Time per step", ""]
+    lines += markdown(["strategy", "keep", "ms", "ratio to full", "95 % interval", "cost model"], rows)
+    lines += ["## Where a strategy's own step goes", ""]
+    lines += markdown(["strategy", "keep", *(part.replace("_", " ") for part in PARTS)], shares)
+    lines += [
+        "*Selection forward* to *indexing* are the parts of our own algorithms: H by a forward pass, P, K, matching "
+        "pursuit, and taking the picked samples; *selection rest* is what else happens before the step (all of it, for "
+        "Composer's `SelectiveBackprop`), *rest* the optimizer, metrics and Composer's own work.",
+        "",
+    ]
+    draw_step_times(pd.DataFrame(table), pd.DataFrame(parts), store.folder / "step_time", title)
+    return lines
