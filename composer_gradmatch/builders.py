@@ -85,6 +85,16 @@ _CALLBACKS: dict[str, Factory] = {
     "threshold_stopper": composer_callbacks.ThresholdStopper,
 }
 
+_DATA: dict[str, Factory] = {
+    "cifar10": data.cifar10,
+    "cifar100": data.cifar100,
+    "digits": data.digits,
+    "imagenet32": data.imagenet32,
+    "mnist5k": data.mnist5k,
+    "svhn": data.svhn,
+    "synthetic": data.synthetic,
+}
+
 _LOGGERS: dict[str, Factory] = {
     "cometml": composer_loggers.CometMLLogger,
     "file": composer_loggers.FileLogger,
@@ -94,6 +104,13 @@ _LOGGERS: dict[str, Factory] = {
     "slack": composer_loggers.SlackLogger,
     "tensorboard": composer_loggers.TensorboardLogger,
     "wandb": composer_loggers.WandBLogger,
+}
+
+_MODELS: dict[str, Factory] = {
+    "digits_cnn": models.digits_cnn,
+    "mnist_cnn": models.mnist_cnn,
+    "resnet18_cifar": models.resnet18_cifar,
+    "wide_resnet": models.wide_resnet,
 }
 
 _OPTIMIZERS: dict[str, Factory] = {
@@ -124,9 +141,9 @@ _SCHEDULERS: dict[str, Factory] = {
 TABLES: dict[str, tuple[dict[str, Factory], str | None]] = {
     "algorithm": (_ALGORITHMS, "llmfoundry_algorithms"),
     "callback": (_CALLBACKS, "llmfoundry_callbacks"),
-    "data set": ({"digits": data.digits, "mnist5k": data.mnist5k}, "composer_gradmatch_data"),
+    "data set": (_DATA, "composer_gradmatch_data"),
     "logger": (_LOGGERS, "llmfoundry_loggers"),
-    "model": ({"digits_cnn": models.digits_cnn, "mnist_cnn": models.mnist_cnn}, "composer_gradmatch_models"),
+    "model": (_MODELS, "composer_gradmatch_models"),
     "optimizer": (_OPTIMIZERS, None),
     "scheduler": (_SCHEDULERS, None),
 }
@@ -224,8 +241,15 @@ def check_entries(kind: str, where: str, entries: Any) -> list[str]:
 
 
 def build_named(kind: str, section: dict[str, Any], *args: Any) -> Any:
-    """Builds what a checked section ``{name: ..., arguments ...}`` describes."""
-    return resolve(kind, section["name"])(*args, **{k: v for k, v in section.items() if k != "name"})
+    """Builds what a checked section ``{name: ..., arguments ...}`` describes.
+
+    Raises:
+        ConfigError: If what it names needs a package that is not installed, or refuses a value.
+    """
+    try:
+        return resolve(kind, section["name"])(*args, **{k: v for k, v in section.items() if k != "name"})
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"{kind} {section['name']}: {error}") from error
 
 
 def build_entries(kind: str, entries: dict[str, Any] | None) -> list[Any]:

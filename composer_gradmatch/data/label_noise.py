@@ -57,6 +57,7 @@ class NoisyLabels(Dataset):
 
 
 def _labels(dataset: Any, target_key: int | str) -> np.ndarray:
+    found: Any
     if isinstance(dataset, TensorDataset) and isinstance(target_key, int):
         found = dataset.tensors[target_key]
     else:

@@ -1,0 +1,27 @@
+"""ResNet-18 for 32×32 images."""
+
+from __future__ import annotations
+
+from composer.models import ComposerClassifier
+from torch import nn
+from torchvision.models import resnet18
+
+__all__ = ["resnet18_cifar"]
+
+
+def resnet18_cifar(num_classes: int = 10) -> ComposerClassifier:
+    """Torchvision's ResNet-18 with the stem usual for CIFAR: a 3×3 convolution of stride 1 and no pooling.
+
+    11.17 M parameters with ten classes.
+
+    Args:
+        num_classes (int, optional): Outputs. Default: ``10``.
+
+    Returns:
+        ComposerClassifier: For batches (images of shape (M, 3, 32, 32), labels of shape (M,)).
+    """
+    module = resnet18(num_classes=num_classes)
+    module.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(module.conv1.weight, mode="fan_out", nonlinearity="relu")
+    module.maxpool = nn.Identity()  # type: ignore[assignment]
+    return ComposerClassifier(module, num_classes=num_classes)
