@@ -198,7 +198,7 @@ def build_trainer(config: dict[str, Any], summary: RunSummary | None = None) -> 
         _prepare_run_folder({**config, "run_name": run_name, "seed": seed}, folder)
     arguments: dict[str, Any] = {
         "device_train_microbatch_size": batch_size,
-        "eval_interval": "1ep",
+        **({} if eval_loader is None else {"eval_interval": "1ep"}),
         "precision": "fp32",
         **{key: config[key] for key in _TRAINER_KEYS if key in config},
         "run_name": run_name,

@@ -11,6 +11,8 @@ import composer_gradmatch
 
 PACKAGE = Path(composer_gradmatch.__file__).parent
 ALGORITHMS = {"gradmatch", "loss_backprop", "random_backprop"}
+#: What the studies measure the parts of.
+MEASURED = {"batches", "gradmatch", "last_layer", "selection_pass", "spans"}
 MAY_IMPORT: dict[str, set[str]] = {
     "matching": set(),
     "batches": set(),
@@ -19,15 +21,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
     "selection_pass": {"batches"},
     "run_summary": {"batches"},
-    "subset_backprop": {"batches", "losses", "selection_pass"},
+    "spans": set(),
+    "subset_backprop": {"batches", "losses", "selection_pass", "spans"},
     "passes": {"subset_backprop"},
-    "gradmatch": {"batches", "last_layer", "losses", "matching", "selection_pass", "subset_backprop"},
+    "gradmatch": {"batches", "last_layer", "losses", "matching", "selection_pass", "spans", "subset_backprop"},
     "loss_backprop": {"losses", "selection_pass", "subset_backprop"},
     "random_backprop": {"losses", "selection_pass", "subset_backprop"},
     "data": {"data"},
     "models": {"models"},
     "builders": {"config", "data", "models", *ALGORITHMS},
     "train": {"builders", "config", "passes", "run_summary"},
+    "studies": {"studies", "train", "builders", "config", "data", "run_summary", *MEASURED},
     "__init__": {"matching", "last_layer", "passes", *ALGORITHMS},
 }
 

@@ -51,7 +51,7 @@ class NoisyLabels(Dataset):
         sample = self.dataset[index]
         if (label := self._noisy.get(int(index))) is None:
             return sample
-        old = batch_get(sample, self.target_key)
+        old: Any = batch_get(sample, self.target_key)
         new = torch.full_like(old, label) if isinstance(old, torch.Tensor) else type(old)(label)
         return batch_set(sample, self.target_key, new)
 

@@ -58,6 +58,6 @@ def load_torchvision(build: Callable[[bool], Dataset], path: str, download: bool
         return build(False)
     except RuntimeError as error:
         raise FileNotFoundError(
-            f"The data set is not at {path}: {error} Put it there, set dataset.root to the folder that holds it, or "
-            "set dataset.download=true."
+            f"The data set is not at {path} ({str(error).split('.')[0]}). Put it there, set dataset.root to the folder "
+            "that holds it, or set dataset.download=true."
         ) from error

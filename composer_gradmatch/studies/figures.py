@@ -15,7 +15,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, ScalarFormatter
 
 from composer_gradmatch.studies.step_time import PARTS
 from composer_gradmatch.studies.strategies import STRATEGIES
@@ -148,6 +148,7 @@ def draw_gradient_errors(data: Table, path: Path, title: str) -> None:
         max(len(keeps), 1), len(columns), figsize=(4.4 * len(columns), 2.9 * max(len(keeps), 1)), squeeze=False
     )
     present = [name for name in STRATEGIES if name in set(data["strategy"])]
+    handles, labels = [], []
     for row, keep in zip(grid, keeps or [1.0], strict=True):
         shown = data[(data["keep"] == keep) | (data["strategy"] == "full")]
         for axes, (column, label) in zip(row, columns.items(), strict=True):
@@ -166,12 +167,20 @@ def draw_gradient_errors(data: Table, path: Path, title: str) -> None:
                 stat="count",
                 common_norm=False,
                 ax=axes,
-                legend=axes is row[0],
             )
+            if logarithmic:
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axes.xaxis.set_minor_formatter(NullFormatter())
+                axes.tick_params(axis="x", labelsize=8, rotation=30)
+            legend = axes.get_legend()
+            handles, labels = legend.legend_handles, [text.get_text() for text in legend.get_texts()]
+            legend.remove()
             axes.set(
                 xlabel=f"{label}{' (log scale)' if logarithmic else ''}", ylabel="minibatches", title=f"keep {keep:g}"
             )
     figure.suptitle(title, fontsize=10)
+    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=len(labels))
     _save(figure, path)
 
 
@@ -197,12 +206,20 @@ def draw_step_times(table: Table, parts: Table, path: Path, title: str) -> None:
     left.set(
         xlabel="keep (fraction of the minibatch)", ylabel="time per step, share of the full batch's", ylim=(0, None)
     )
-    left.legend(fontsize=7)
+    left.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
 
     labels = [row.strategy if row.strategy == "full" else f"{row.strategy} {row.keep:g}" for row in parts.itertuples()]
     start = np.zeros(len(parts))
     for part, colour in zip(PARTS, sns.color_palette("colorblind", len(PARTS)), strict=True):
-        right.barh(labels, parts[part], left=start, color=colour, label=part.replace("_", " "), edgecolor="white")
+        right.barh(
+            labels,
+            parts[part],
+            left=start,
+            color=colour,
+            label=part.replace("_", " "),
+            edgecolor="white",
+            linewidth=0.2,
+        )
         start = start + parts[part].to_numpy()
     right.invert_yaxis()
     right.set(xlabel="time per step, share of the full batch's", ylabel="")

@@ -1,0 +1,180 @@
+"""Records, workers and the command line: atomic, resumable, one study a folder."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from composer_gradmatch.config import ConfigError
+from composer_gradmatch.studies.__main__ import main
+from composer_gradmatch.studies.pool import run_all
+from composer_gradmatch.studies.store import Record, Run, Store, write_atomically
+
+sys.path.insert(0, str(Path(__file__).parent))  # Workers are given this path, too.
+from tasks_for_workers import behave
+
+DIGITS = str(Path(__file__).resolve().parents[2] / "configs" / "digits.yaml")
+
+
+def record(run, error="", **row):
+    rows = [] if error else [row]
+    return Record(run.kind, run.settings, run.config, rows, error, {"machine": "m", "python": "3"}, 1.0)
+
+
+def test_a_failing_and_a_dying_run_are_recorded_and_the_others_go_on(tmp_path):
+    runs = [Run("test", {"how": how, "n": i}, {}) for i, how in enumerate(["fine", "fail", "fine", "die", "fine"])]
+    records = {run.key: record for run, record in run_all(behave, runs, 2, tmp_path)}
+    by_run = [records[run.key] for run in runs]
+    assert [r.rows for r in by_run] == [[{"answer": 42}], [], [{"answer": 42}], [], [{"answer": 42}]]
+    assert by_run[1].error == "ValueError: as told"
+    assert "process died" in by_run[3].error
+    assert [bool(r.error) for r in by_run] == [False, True, False, True, False]
+    assert "said by fail" in (tmp_path / f"{runs[1].key}.log").read_text()
+    assert 'raise ValueError("as told")' in (tmp_path / f"{runs[1].key}.log").read_text()
+    assert by_run[0].provenance["torch version"]
+
+
+def test_a_folder_holds_one_study_and_one_worker_at_a_time(tmp_path):
+    identity = {"study": "accuracy", "config": {"optimizer": {"lr": 0.1}}}
+    first = Store(tmp_path, identity)
+    with pytest.raises(ConfigError, match="another study is working in this folder"):
+        Store(tmp_path, identity)
+    first.close()
+    with pytest.raises(ConfigError, match=r"holds another study; different: config.optimizer.lr \(0.1, now 0.2\)"):
+        Store(tmp_path, {"study": "accuracy", "config": {"optimizer": {"lr": 0.2}}})
+    Store(tmp_path, identity).close()
+
+
+def test_a_killed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "summary.md"
+    write_atomically(path, "old")
+
+    def kill(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", kill)
+        with pytest.raises(KeyboardInterrupt):
+            write_atomically(path, "new and long")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_failed_runs_have_their_row_and_are_made_again_only_when_asked(tmp_path):
+    store = Store(tmp_path, {})
+    good, bad = Run("k", {"strategy": "a", "seed": 0}, {"x": 1}), Run("k", {"strategy": "b", "seed": 0}, {"x": 1})
+    store.save(good, record(good, accuracy=0.5))
+    store.save(bad, record(bad, error="out of luck"))
+    assert store.has(bad)
+    assert not store.has(bad, retry_failed=True)
+    assert store.has(good, retry_failed=True)
+    rows = list(csv.DictReader(store.write_table("k", "results.csv").open()))
+    assert [(row["strategy"], row["status"], row["accuracy"], row["error"]) for row in rows] == [
+        ("a", "done", "0.5", ""),
+        ("b", "failed", "", "out of luck"),
+    ]
+    assert json.loads(rows[0]["config"]) == {"x": 1}
+    store.close()
+
+
+def test_different_settings_have_different_files():
+    settings = [{"keep": 0.1, "seed": 0}, {"keep": 0.1, "seed": 1}, {"keep": 0.11, "seed": 0}, {"seed": 0}]
+    keys = {Run("accuracy", each, {}).key for each in settings}
+    assert len(keys) == len(settings)
+    assert all(set(key) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._") for key in keys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["accuracy", DIGITS, "optimizer.lrr=1"], "optimizer.lrr: unknown key; did you mean 'lr'"),
+        (["accuracy", DIGITS, "train_loader.dataset.split=valid"], "train_loader.dataset.split"),
+        (["accuracy", DIGITS, "eval_loader=null"], "eval_loader: missing; the study compares test accuracy"),
+        (["accuracy", DIGITS, "--metric", "F1"], "no evaluation metric F1; it has CrossEntropy, MulticlassAccuracy"),
+        (["accuracy", DIGITS, "--batch-size", "scaled", "max_duration=9ba"], "scaled: max_duration='9ba' counts steps"),
+        (["accuracy", DIGITS, "--batch-size", "scaled", "--keep", "0.05"], "no batch of 2560 with drop_last"),
+        (["accuracy", DIGITS, "algorithms.loss_backprop={}"], "has gradmatch and loss_backprop"),
+        (["accuracy", DIGITS, "algorithms.gradmatch.solver=lasso"], "solver"),
+        (["learning-rate", DIGITS, "--factors", "100"], "β=100 shortens max_duration=30ep to nothing"),
+        (["accuracy", "configs/none.yaml"], "There is no config file"),
+    ],
+)
+def test_what_cannot_be_run_is_told_before_any_work(arguments, expected, tmp_path, capsys):
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["accuracy", DIGITS, "--strategies", "gradmach"], "did you mean 'gradmatch'"),
+        (["accuracy", DIGITS, "--keep", "1.5"], "a fraction in (0, 1), got '1.5'"),
+        (["accuracy", DIGITS, "--label-noise", "10"], "a fraction in [0, 1], got '10'"),
+        (["accuracy", DIGITS, "--seeds", "0"], "a positive integer, got '0'"),
+    ],
+)
+def test_wrong_options_are_refused(arguments, expected, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([*arguments, "--out", str(tmp_path)])
+    assert expected in capsys.readouterr().err
+
+
+def study(out):
+    """Six short runs on one process."""
+    return [
+        *(sys.executable, "-m", "composer_gradmatch.studies", "accuracy", DIGITS, "--out", str(out)),
+        *("--strategies", "random", "full", "--keep", "0.1", "--seeds", "3", "--rounds", "1", "max_duration=2ep"),
+    ]
+
+
+def alive(pid):
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+def test_a_killed_study_goes_on_with_the_missing_runs(tmp_path):
+    out = tmp_path / "out"
+    process = subprocess.Popen(study(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("runs/accuracy-*.json"))) < 2:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    while any(map(alive, children)):  # Workers end with the study.
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    done = {path: path.stat().st_mtime_ns for path in out.glob("runs/*.json")}
+    assert all(json.loads(path.read_text())["rows"] for path in done)
+    assert 3 <= len(done) < 7
+
+    finished = subprocess.run(study(out), capture_output=True, text=True, timeout=200)
+    assert finished.returncode == 0, finished.stderr
+    assert all(path.stat().st_mtime_ns == when for path, when in done.items())
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    assert sorted((row["strategy"], row["seed"]) for row in rows) == [
+        (s, str(i)) for s in ("full", "random") for i in range(3)
+    ]
+    assert {row["samples_forwarded"] for row in rows} == {str(2 * 11 * 128)}
+    assert {row["samples_backpropagated"] for row in rows if row["strategy"] == "random"} == {str(2 * 11 * 12)}
+    assert all(float(row["best_accuracy"]) >= float(row["last_accuracy"]) for row in rows)
+    assert {row["git revision"] for row in rows} != {""}
+    summary = (out / "summary.md").read_text()
+    assert "6 runs succeeded, 0 failed" in summary
+    assert "can tell very little" in summary or "## Verdict" in summary
+    for figure in ("accuracy", "accuracy_over_cost"):
+        assert (out / f"{figure}.png").stat().st_size > 10_000
+        assert (out / f"{figure}.pdf").read_bytes().startswith(b"%PDF")
