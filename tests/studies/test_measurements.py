@@ -116,9 +116,8 @@ def test_gradient_errors_at_a_checkpoint(tmp_path):
 
 
 def test_step_times_have_every_variant_in_every_round_and_parts_that_add_up():
-    run = plan_step_time(
-        config(), ["full", "random", "selective_backprop", "loss", "gradmatch"], [0.1], rounds=2, synthetic=False
-    )
+    strategies = ["full", "random", "selective_backprop", "loss", "gradmatch"]
+    run = plan_step_time(config(), strategies, [0.1], rounds=2, synthetic=False)
     rows, _ = step_time(run)
     steps = [row for row in rows if row["measured"] == "step"]
     assert sorted((row["strategy"], row["round"]) for row in steps) == sorted(
