@@ -37,9 +37,8 @@ class Difference:
     def __str__(self) -> str:
         if self.pairs == 0:
             return "no pairs"
-        if np.isnan(self.low):
-            return f"{self.mean:+.4f} (no interval)"
-        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+        mean, low, high = (f"{round(value, 4) + 0.0:+.4f}" for value in (self.mean, self.low, self.high))
+        return f"{mean} (no interval)" if np.isnan(self.low) else f"{mean} [{low}, {high}]"
 
 
 def compare_paired(differences: Sequence[float]) -> Difference:

@@ -60,6 +60,18 @@ def test_better_at_equal_keep_can_be_worse_at_equal_cost(store):
         assert (store.folder / name).stat().st_size > 100
 
 
+def test_a_cheaper_random_that_is_as_good_is_named(store):
+    accuracy(store, "full", 1.0, [0.7, 0.71, 0.69])
+    accuracy(store, "random", 0.1, [0.90, 0.91, 0.92])
+    accuracy(store, "gradmatch", 0.1, [0.85, 0.86, 0.88])
+    accuracy(store, "loss", 0.1, [0.95, 0.96, 0.98])
+    costs(store, full={1.0: 1.0}, random={0.1: 0.15}, gradmatch={0.1: 0.45}, loss={0.1: 0.4})
+    text = write_report(store, "accuracy", "made up").read_text()
+    assert "Random at keep 0.1 was at least as accurate" in line(text, "- **gradmatch")
+    assert "for 15% of the time" in line(text, "- **gradmatch")
+    assert "Random at keep" not in line(text, "- **loss")
+
+
 def test_a_difference_within_the_noise_is_not_distinguishable(store):
     accuracy(store, "random", 0.1, [0.80, 0.85, 0.78, 0.82, 0.81])
     accuracy(store, "loss", 0.1, [0.82, 0.79, 0.80, 0.84, 0.79])
