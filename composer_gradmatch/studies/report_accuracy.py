@@ -146,9 +146,7 @@ def _cheaper_random(data: Table, cell: tuple[str, float], costs: Costs) -> str:
     if not cheaper:
         return ""
     cost, (_, keep) = min(cheaper)
-    return (
-        f" Random at keep {keep:g} was at least as accurate in the last epoch on average, for {cost:.0%} of the time."
-    )
+    return f" Random at keep {keep:g} was at least as accurate in the last epoch on average, for {cost:.0%} of it."
 
 
 def _cost_table(data: Table, costs: Costs) -> list[str]:

@@ -37,7 +37,8 @@ def report_learning_rate(store: Store, name: str) -> list[str]:
             )
     rows, differences = [], []
     for cell in cell_order(data):
-        row = [cell[0], f"{cell[1]:g}", f"{best[cell]:g}"]
+        edge = " (edge of the grid)" if best[cell] in (data["factor"].min(), data["factor"].max()) else ""
+        row = [cell[0], f"{cell[1]:g}", f"{best[cell]:g}{edge}"]
         for tuned in (True, False):
             other = ("random", cell[1])
             if other not in best or cell[0] in ("random", "full"):
