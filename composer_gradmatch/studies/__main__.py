@@ -134,6 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     overrides = [word for word in words if "=" in word and not word.startswith("-")]
     arguments = _parser().parse_args([word for word in words if word not in overrides])
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        print("A study starts its own processes: run it without the launcher, with --jobs N.", file=sys.stderr)
+        return 2
     try:
         config = load_config(arguments.config, [*arguments.overrides, *overrides])
         # Pandas, seaborn and matplotlib come with the extra; --help and errors in the config need none of them.

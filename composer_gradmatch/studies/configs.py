@@ -36,19 +36,20 @@ def with_synthetic_data(config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: If the shape of the data set is not known.
     """
-    loader = config["train_loader"]
-    if loader["name"] == "synthetic":
+    name = config["train_loader"]["name"]
+    if name == "synthetic":
         return config
-    if loader["name"] not in SHAPES:
+    if name not in SHAPES:
         raise ConfigError(
-            f"--synthetic: the shape of the data set {loader['name']!r} is not known (known: {', '.join(SHAPES)}). "
+            f"--synthetic: the shape of the data set {name!r} is not known (known: {', '.join(SHAPES)}). "
             "Give it: train_loader.name=synthetic "
             "train_loader.dataset='{input_shape: [3, 32, 32], num_classes: 10}'"
         )
-    shape, num_classes = SHAPES[loader["name"]]
+    shape, num_classes = SHAPES[name]
     samples = max(1024, 2 * config["global_train_batch_size"])
     dataset = {"input_shape": list(shape), "num_classes": num_classes, "num_samples": samples}
-    return {**config, "train_loader": {**loader, "name": "synthetic", "dataset": dataset}}
+    # Tensors in memory need no worker processes.
+    return {**config, "train_loader": {"name": "synthetic", "dataset": dataset, "shuffle": True}}
 
 
 def accuracy_metric(config: dict[str, Any], metric: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from composer.core import Time
@@ -39,6 +40,7 @@ def check_study(config: dict[str, Any], runs: Sequence[Run]) -> None:
     """
     check_config(config)
     batch_sizes = {}
+    eval_loader = None
     for run in runs:
         check_config(run.config)
         try:
@@ -46,10 +48,11 @@ def check_study(config: dict[str, Any], runs: Sequence[Run]) -> None:
         except ConfigError as error:
             raise ConfigError(f"{run.key}: {error}") from error
         batch_sizes[run.config["global_train_batch_size"]] = run.config["train_loader"]
+        eval_loader = run.config.get("eval_loader")
     for batch_size, section in batch_sizes.items():
         build_loader(section, batch_size, "train_loader")
-    if config.get("eval_loader"):
-        build_loader(config["eval_loader"], 1, "eval_loader")
+    if eval_loader:
+        build_loader(eval_loader, 1, "eval_loader")
 
 
 def _scaled(config: dict[str, Any], keep: float, batch_size: str) -> dict[str, Any]:
@@ -138,6 +141,8 @@ def plan_gradient_error(
     label_noise: float = 0.0,
 ) -> list[Run]:
     """§5.3: a run for each seed, in which all strategies see the same minibatches."""
+    if checkpoint and "://" not in checkpoint and not Path(checkpoint).is_file():
+        raise ConfigError(f"--checkpoint: there is no file {checkpoint}. Give a checkpoint that Composer has saved.")
     pairs = [("full", 1.0), *(pair for pair in cells(strategies, keeps) if pair[0] != "full")]
     named = " ".join(f"{strategy}:{keep:g}" for strategy, keep in pairs)
     shared = {"variants": named, "minibatches": minibatches, "mode": mode, "checkpoint": checkpoint}
@@ -145,7 +150,7 @@ def plan_gradient_error(
         Run(
             "gradient-error",
             {"seed": seed, "label_noise": label_noise, **shared},
-            quiet(with_label_noise({**config, "seed": seed}, label_noise, seed), f"gradient-error-{seed}"),
+            quiet(with_label_noise({**config, "seed": seed, "eval_loader": None}, label_noise, seed), f"errors-{seed}"),
             {"variants": [list(pair) for pair in pairs], "minibatches": minibatches},
         )
         for seed in range(seeds)
@@ -158,4 +163,5 @@ def plan_step_time(
     """Table 1: one run that times all strategies side by side."""
     size = config["global_train_batch_size"]
     variants = [(strategy, keep, size) for strategy, keep in cells(strategies, keeps)]
-    return step_time_run(quiet({**config, "seed": 0}, "step-time"), variants, rounds, synthetic=synthetic)
+    own = quiet({**config, "seed": 0, "eval_loader": None}, "step-time")
+    return step_time_run(own, variants, rounds, synthetic=synthetic)

@@ -113,9 +113,13 @@ def run_all(task: Task, runs: Sequence[Run], jobs: int, logs: Path) -> Iterator[
             error = f"The run's process died (out of memory, or killed). What it printed is in {log}."
             return Record(run.kind, run.settings, run.config, [], error, provenance(), time.perf_counter() - begun)
 
-    with ThreadPoolExecutor(jobs) as threads_of_runs:
-        futures = {threads_of_runs.submit(do, run): run for run in runs}
+    waiting = ThreadPoolExecutor(jobs)
+    try:
+        futures = {waiting.submit(do, run): run for run in runs}
         for future in as_completed(futures):
             yield futures[future], future.result()
-    for executor in executors:
-        executor.shutdown()
+    finally:
+        # Stopped half-way, the runs that have not begun never will.
+        waiting.shutdown(wait=False, cancel_futures=True)
+        for executor in executors:
+            executor.shutdown(wait=False)
