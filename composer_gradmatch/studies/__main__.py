@@ -154,9 +154,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"{arguments.config}: the study cannot be run:\n{error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:  # Composer turns SIGINT and SIGTERM into SystemExit(128 + signal).
         print("\nStopped. The same command goes on from here.", file=sys.stderr, flush=True)
-        os._exit(130)  # Workers follow at once; waiting for their runs is what the user did not want.
+        # Workers follow at once; waiting for their runs is what the user did not want.
+        os._exit(stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 130)
 
 
 if __name__ == "__main__":

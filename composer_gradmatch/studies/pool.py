@@ -24,10 +24,12 @@ Task = Callable[[Run], tuple[list[dict], dict]]
 
 
 def _start_worker(threads: int, gpu: str | None) -> None:
+    import composer.core  # noqa: F401  # Before the signals, for which it sets handlers.
     import torch
     from threadpoolctl import threadpool_limits
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle.
+    for stop in (signal.SIGINT, signal.SIGTERM):  # The parent's to handle; its workers end with it.
+        signal.signal(stop, signal.SIG_IGN)
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     torch.set_num_threads(threads)

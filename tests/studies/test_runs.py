@@ -147,12 +147,38 @@ def test_a_model_can_be_timed_without_its_data(tmp_path, capsys):
     assert (out / "step_time.png").stat().st_size > 10_000
 
 
-def study(out):
-    """Four short runs on one process."""
+def study(out, max_duration="1ep"):
+    """Four runs on one process."""
     return [
         *(sys.executable, "-m", "composer_gradmatch.studies", "accuracy", DIGITS, "--out", str(out)),
-        *("--strategies", "random", "full", "--keep", "0.1", "--seeds", "2", "--rounds", "1", "max_duration=1ep"),
+        *("--strategies", "random", "full", "--keep", "0.1", "--seeds", "2", "--rounds", "1"),
+        f"max_duration={max_duration}",
     ]
+
+
+def start_study_and_wait(command, out, pattern, count):
+    """The process, once ``count`` files match."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(list(out.glob(pattern))) < count:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    return process
+
+
+def stop_study(process, how):
+    """Sends a signal; returns when the process and its workers, which must end with it, are gone."""
+    tasks = Path(f"/proc/{process.pid}/task").glob("*/children")  # Threads start the workers.
+    children = [pid for each in tasks for pid in each.read_text().split()]
+    assert children
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=20)
+    deadline = time.monotonic() + 20
+    while any(map(alive, children)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return errors
 
 
 def alive(pid):
@@ -162,28 +188,22 @@ def alive(pid):
         return False
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_study_loses_nothing_and_goes_on_with_the_missing_runs(how, tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_study_told_to_stop_stops_at_once(how, tmp_path):
     out = tmp_path / "out"
-    process = subprocess.Popen(study(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while len(list(out.glob("runs/accuracy-*.json"))) < 2:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
-    tasks = Path(f"/proc/{process.pid}/task").glob("*/children")  # Threads start the workers.
-    children = [pid for each in tasks for pid in each.read_text().split()]
-    assert children
-    process.send_signal(how)
-    assert process.wait(timeout=20) == (130 if how == signal.SIGINT else -signal.SIGKILL)
-    while any(map(alive, children)):  # Workers end with the study.
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    process = start_study_and_wait(study(out, "100000ep"), out, "logs/accuracy-*.log", 1)
+    assert "The same command goes on from here" in stop_study(process, how)
+    assert process.returncode == 128 + how
+    assert [path.name[:9] for path in out.glob("runs/*.json")] == ["step-time"]
+
+
+def test_a_killed_study_loses_nothing_and_goes_on_with_the_missing_runs(tmp_path):
+    out = tmp_path / "out"
+    process = start_study_and_wait(study(out), out, "runs/accuracy-*.json", 2)
+    stop_study(process, signal.SIGKILL)
     done = {path: path.stat().st_mtime_ns for path in out.glob("runs/*.json")}
     assert all(json.loads(path.read_text())["rows"] for path in done)
     assert 3 <= len(done) <= 5
-    if how == signal.SIGINT:
-        return
 
     finished = subprocess.run(study(out), capture_output=True, text=True, timeout=200)
     assert finished.returncode == 0, finished.stderr
