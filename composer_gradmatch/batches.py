@@ -13,7 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["copy_structure", "count_samples", "get_item", "match_rows", "take_samples", "tensor_leaves"]
+__all__ = [
+    "copy_structure",
+    "count_samples",
+    "describe_targets",
+    "get_item",
+    "match_rows",
+    "take_samples",
+    "tensor_leaves",
+]
 
 
 def get_item(batch: Any, key: Any, name: str) -> Any:
@@ -44,6 +52,9 @@ def get_item(batch: Any, key: Any, name: str) -> Any:
 def count_samples(batch: Any, input_key: Any = 0, target_key: Any = 1) -> int:
     """The number of samples M of a batch: the common leading length of its inputs and targets.
 
+    A mapping (a dict, HuggingFace's ``BatchEncoding``) that has neither the key 0 nor 1 needs no keys if all of
+    its tensors have the same leading length.
+
     Args:
         batch (Any): A batch.
         input_key (Any, optional): Where its inputs are. Default: ``0``.
@@ -52,34 +63,70 @@ def count_samples(batch: Any, input_key: Any = 0, target_key: Any = 1) -> int:
     Raises:
         ValueError: If a key names nothing, lengths differ, something has no length, or the batch is empty.
     """
-    lengths = {}
-    for name, key in (("input_key", input_key), ("target_key", target_key)):
-        found = sorted({n for leaf in _leaves(get_item(batch, key, name)) if (n := _length(leaf)) is not None})
-        if len(found) != 1:
-            raise ValueError(
-                f"{name}={key!r} names {'nothing with a leading length' if not found else 'tensors that disagree'}"
-                f" in the batch (leading lengths found: {found}). Expected tensors with one row for each sample."
-            )
-        lengths[name] = found[0]
-    if lengths["input_key"] != lengths["target_key"]:
-        raise ValueError(
-            f"The inputs (input_key={input_key!r}) have {lengths['input_key']} samples but the targets "
-            f"(target_key={target_key!r}) have {lengths['target_key']}. Both need one row for each sample: "
-            "check the keys and the data set's collate function."
-        )
-    if lengths["input_key"] == 0:
+    if isinstance(batch, Mapping) and (input_key, target_key) == (0, 1) and not {0, 1} & batch.keys():
+        num_samples = _common_length(batch)
+    else:
+        num_samples = _length_at_keys(batch, input_key, target_key)
+    if num_samples == 0:
         raise ValueError(
             "The batch is empty: no sample to select from. Check the sampler, or pass drop_last=True to the loader."
         )
-    return lengths["input_key"]
+    return num_samples
 
 
-def take_samples(batch: Any, indices: torch.Tensor, num_samples: int) -> Any:
+def describe_targets(batch: Any, target_key: Any) -> str:
+    """The targets' key, shape and range, for an error message."""
+    if isinstance(batch, Mapping) and target_key == 1 and 1 not in batch and "labels" in batch:
+        target_key = "labels"
+    leaves = [leaf for leaf in tensor_leaves(get_item(batch, target_key, "target_key")) if leaf.numel()]
+    shown = [f"{_describe(leaf)} with values from {leaf.min().item()} to {leaf.max().item()}" for leaf in leaves]
+    return f"batch[{target_key!r}], {', '.join(shown)}"
+
+
+def _common_length(batch: Mapping) -> int:
+    found = {
+        name: (n, _describe(leaf))
+        for name, leaf in _named_leaves(batch)
+        if (n := _length(leaf)) is not None and not isinstance(leaf, list | tuple)
+    }
+    if len({n for n, _ in found.values()}) != 1:
+        shown = ", ".join(f"{name} {described}" for name, (_, described) in found.items()) or "no tensor at all"
+        raise ValueError(
+            f"Cannot tell the number of samples of a batch whose tensors disagree on their leading length: {shown}. "
+            "Check the collate function; or, if some are not per sample, name two that are: input_key and target_key, "
+            "e.g. input_key='input_ids', target_key='labels'."
+        )
+    return next(iter(found.values()))[0]
+
+
+def _length_at_keys(batch: Any, input_key: Any, target_key: Any) -> int:
+    lengths = {}
+    for name, key in (("input_key", input_key), ("target_key", target_key)):
+        leaves = list(_leaves(get_item(batch, key, name)))
+        found = sorted({n for leaf in leaves if (n := _length(leaf)) is not None})
+        if len(found) != 1:
+            raise ValueError(
+                f"{name}={key!r} names {'nothing with a leading length' if not found else 'tensors that disagree'} "
+                f"in the batch: {', '.join(map(_describe, leaves))}. Expected tensors with one row for each sample."
+            )
+        lengths[name] = (found[0], _describe(leaves[0]))
+    if lengths["input_key"][0] != lengths["target_key"][0]:
+        raise ValueError(
+            f"The inputs (input_key={input_key!r}, {lengths['input_key'][1]}) have {lengths['input_key'][0]} samples "
+            f"but the targets (target_key={target_key!r}, {lengths['target_key'][1]}) have "
+            f"{lengths['target_key'][0]}. Both need one row for each sample: check the keys and the data set's "
+            "collate function."
+        )
+    return lengths["input_key"][0]
+
+
+def take_samples(batch: Any, indices: torch.Tensor | slice, num_samples: int) -> Any:
     """The batch of the picked samples, in the order of ``indices``; the given batch is not changed.
 
     Args:
         batch (Any): A batch of ``num_samples`` samples.
-        indices (torch.Tensor): The picks, int64, shape (n,).
+        indices (torch.Tensor | slice): The picks, int64, shape (n,); or a slice of the batch, whose tensors are
+            then views.
         num_samples (int): M, which tells sample leaves from the rest.
 
     Returns:
@@ -89,6 +136,8 @@ def take_samples(batch: Any, indices: torch.Tensor, num_samples: int) -> Any:
     def take(leaf: Any) -> Any:
         if _length(leaf) != num_samples:
             return leaf
+        if isinstance(indices, slice):
+            return leaf[indices]
         if isinstance(leaf, torch.Tensor):
             return leaf[indices.to(leaf.device)]
         if isinstance(leaf, np.ndarray):
@@ -200,6 +249,22 @@ def _leaves(value: Any) -> Iterator[Any]:
         return
     for item in value.values() if isinstance(value, Mapping) else value:
         yield from _leaves(item)
+
+
+def _named_leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Each leaf with the dotted path of keys that leads to it."""
+    if not _is_nest(value):
+        yield name, value
+        return
+    for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+        yield from _named_leaves(item, f"{name}.{key}" if name else str(key))
+
+
+def _describe(leaf: Any) -> str:
+    """A leaf's shape, for an error message."""
+    if isinstance(leaf, torch.Tensor | np.ndarray):
+        return f"of shape {tuple(leaf.shape)}"
+    return f"a {type(leaf).__name__}" + (f" of length {len(leaf)}" if isinstance(leaf, list | tuple) else "")
 
 
 def _map_leaves(function: Callable[[Any], Any], value: Any) -> Any:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from composer.core import Event, State, get_precision_context
+from composer.core import Event, Precision, State
 from composer.loggers import Logger
 from torch import nn
 
-from composer_gradmatch.batches import tensor_leaves
+from composer_gradmatch.batches import count_samples, tensor_leaves
 from composer_gradmatch.last_layer import (
     OutputLayerTap,
     find_output_layer,
@@ -19,6 +19,7 @@ from composer_gradmatch.last_layer import (
     resolve_output_layer,
     watch_linears,
 )
+from composer_gradmatch.layer_gradients import LayerGradients, gram_of_all
 from composer_gradmatch.losses import LossFn, check_unit_weights
 from composer_gradmatch.matching import (
     SOLVERS,
@@ -30,7 +31,8 @@ from composer_gradmatch.matching import (
 )
 from composer_gradmatch.selection_pass import check_scale_factor, no_trace, scale_inputs, unwrap
 from composer_gradmatch.spans import span
-from composer_gradmatch.subset_backprop import Selection, TwoPassBackprop, WholeBatch
+from composer_gradmatch.subset_backprop import Selection, WholeBatch
+from composer_gradmatch.two_pass_backprop import TwoPassBackprop
 
 __all__ = ["GradMatch", "Match", "match_mean_gradient", "observe_output_layer", "select_using_gradient_matching"]
 
@@ -50,41 +52,31 @@ class Match:
     residual: float
 
 
-def match_mean_gradient(
-    inputs: torch.Tensor,
-    output_grads: torch.Tensor,
-    num_picks: int,
-    *,
-    bias: bool = True,
-    solver: Solver = "omp",
-) -> Match | None:
-    """Algorithm 1 after its forward pass: from H and P to picked samples and their weights.
+def match_mean_gradient(gram: torch.Tensor, num_picks: int, *, solver: Solver = "omp") -> Match | None:
+    """Algorithm 1 after its forward pass: from the Gram matrix to picked samples and their weights.
 
     Weights are clipped at zero and normalised to sum to the number of samples that are left.
 
     Args:
-        inputs (torch.Tensor): H, the output layer's inputs, shape (M, D).
-        output_grads (torch.Tensor): P, gradients of the sum of the losses at its output, shape (M, C).
+        gram (torch.Tensor): K of the samples' last-layer gradients, shape (M, M), float64.
         num_picks (int): m, the largest number of picks.
-        bias (bool, optional): Whether the output layer has a bias. Default: ``True``.
         solver (str, optional): See :func:`.gram_omp`. Default: ``"omp"``.
 
     Returns:
         Match | None: The picks, or None if the mean gradient is zero: there is nothing to match.
 
     Raises:
-        ValueError: If the gradients are not finite.
+        ValueError: If the Gram matrix is not finite.
     """
-    with span("gram"):
-        gram = last_layer_gram(inputs.double(), output_grads.double(), bias).cpu().numpy()
     with span("matching"):
-        target = gram.mean(axis=1)
-        indices, weights = gram_omp(gram, target, num_picks, solver=solver)
+        k = gram.cpu().numpy()
+        target = k.mean(axis=1)
+        indices, weights = gram_omp(k, target, num_picks, solver=solver)
     indices, weights = indices[weights > 0], weights[weights > 0]
     if not len(indices):
         return None
     weights = normalize_weights(weights)
-    residual = matching_residual(gram, target, indices, weights)
+    residual = matching_residual(k, target, indices, weights)
     return Match(torch.from_numpy(indices), torch.from_numpy(weights), residual)
 
 
@@ -141,7 +133,8 @@ def select_using_gradient_matching(
                 raise ValueError(f"loss_fun must return one loss a sample, got shape {tuple(losses.shape)}.")
             inputs, grads = tap.inputs_and_grads(losses)
     num_picks = max(1, int(keep * len(input)))
-    match = match_mean_gradient(inputs, grads, num_picks, bias=layer.bias is not None, solver=solver)
+    gram = last_layer_gram(inputs.double(), grads.double(), layer.bias is not None)
+    match = match_mean_gradient(gram, num_picks, solver=solver)
     if match is None:
         return input, target, torch.ones(len(input), device=input.device)
     indices = match.indices.to(input.device)
@@ -194,9 +187,14 @@ class GradMatch(TwoPassBackprop):
             name or the module itself. ``None`` finds the one that put out what the model returns.
             Default: ``None``.
         loss_fn (Callable, optional): A function of (outputs, batch) that returns the loss of each sample, shape
-            (M,); the model's own ``loss(..., reduction='none')`` if None. Default: ``None``.
+            (M,). ``None`` asks the model's own ``loss(..., reduction='none')`` or, for a ``HuggingFaceModel``, takes
+            the loss of its task from its logits and labels. Default: ``None``.
         solver (str, optional): ``"omp"``, the paper's Algorithm 2, or ``"sklearn"``, which its experiments ran;
             see :func:`.gram_omp`. Default: ``"omp"``.
+        selection_microbatch_size (int | str, optional): Samples at a time in the selection pass: a number, ``"auto"``,
+            or ``None`` for the training step's; see :class:`.TwoPassBackprop`. Default: ``None``.
+        selection_precision (str | Precision, optional): The precision of the selection pass, e.g. ``"amp_bf16"``;
+            ``None`` for the training step's. Default: ``None``.
 
     Raises:
         TypeError: At INIT, if the model's loss cannot give per-sample values.
@@ -230,8 +228,21 @@ class GradMatch(TwoPassBackprop):
         output_layer: str | nn.Module | None = None,
         loss_fn: LossFn | None = None,
         solver: Solver = "omp",
+        selection_microbatch_size: int | str | None = None,
+        selection_precision: str | Precision | None = None,
     ) -> None:
-        super().__init__(start, end, keep, scale_factor, interrupt, input_key, target_key, loss_fn)
+        super().__init__(
+            start,
+            end,
+            keep,
+            scale_factor,
+            interrupt,
+            input_key,
+            target_key,
+            loss_fn,
+            selection_microbatch_size,
+            selection_precision,
+        )
         if output_layer is not None and not isinstance(output_layer, str | nn.Module):
             raise TypeError(f"output_layer must be a dotted name, a module or None, got {output_layer!r}.")
         if solver not in SOLVERS:
@@ -279,33 +290,47 @@ class GradMatch(TwoPassBackprop):
             if self.output_layer is not None:
                 self._layer = resolve_output_layer(model, self.output_layer)
             else:
-                batch = scale_inputs(state.batch, self.input_key, self.scale_factor)
-                with no_trace(model), get_precision_context(state.precision, state.precision_config):
-                    self._layer = observe_output_layer(model, batch)
+                batch, _, _ = next(self._microbatches(state, *self._first(state)))
+                with no_trace(model), self._precision(state):
+                    self._layer = observe_output_layer(model, scale_inputs(batch, self.input_key, self.scale_factor))
         return self._layer
+
+    def _first(self, state: State) -> tuple[int, int]:
+        num_samples = count_samples(state.batch, self.input_key, self.target_key)
+        return num_samples, self._selection_size(state, num_samples)
 
     def _rehearse(self, state: State, num_samples: int, num_picks: int) -> None:
         """Also shows that the weighted loss is the model's own one, its samples weighted."""
+        super()._rehearse(state, num_samples, num_picks)
         self._match(state, num_samples, num_picks)
         model = unwrap(state.model)
+        batch, n, _ = next(self._microbatches(state, *self._first(state)))
         with OutputLayerTap(self._output_layer(state)).open() as tap:
-            outputs, losses = self._outputs_and_losses(state, num_samples)
-            with get_precision_context(state.precision, state.precision_config):
-                batch = scale_inputs(state.batch, self.input_key, self.scale_factor)
+            outputs, losses = self._forward(state, batch, n)
+            with self._precision(state):
+                batch = scale_inputs(batch, self.input_key, self.scale_factor)
                 own_loss: Any = model.loss(outputs, batch)  # type: ignore[operator]
             check_unit_weights(losses, own_loss, tap.leaf)
 
     def _match(self, state: State, num_samples: int, num_picks: int) -> Match | WholeBatch | None:
         layer = self._output_layer(state)
-        with no_trace(unwrap(state.model)), OutputLayerTap(layer).open() as tap:
-            _, losses = self._outputs_and_losses(state, num_samples)
-            with span("output_gradients"):
-                inputs, grads = tap.inputs_and_grads(losses)
-        if not (inputs.isfinite().all() and grads.isfinite().all()):
+
+        def last_layer_gradients(batch: Any, n: int) -> LayerGradients:
+            with OutputLayerTap(layer).open() as tap:
+                _, losses = self._forward(state, batch, n)
+                with span("output_gradients"):
+                    inputs, grads = tap.inputs_and_grads(losses)
+            return LayerGradients.of(inputs, grads, tap.leaf.detach(), num_samples)
+
+        with no_trace(unwrap(state.model)):
+            parts = self._in_microbatches(state, num_samples, last_layer_gradients)
+        if not all(part.finite for part in parts):
             return WholeBatch(
                 "a minibatch has last-layer gradients that are not finite; it and others like it are trained whole."
             )
-        return match_mean_gradient(inputs, grads, num_picks, bias=layer.bias is not None, solver=self.solver)
+        with span("gram"):
+            gram = gram_of_all(parts, layer)
+        return match_mean_gradient(gram, num_picks, solver=self.solver)
 
     def _select(self, state: State, num_samples: int, num_picks: int) -> Selection | WholeBatch:
         match = self._match(state, num_samples, num_picks)

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from composer_gradmatch.position_gram import position_gram
+
 __all__ = ["OutputLayerTap", "find_output_layer", "last_layer_gram", "resolve_output_layer", "watch_linears"]
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
@@ -23,10 +25,13 @@ Array = TypeVar("Array", np.ndarray, torch.Tensor)
 def last_layer_gram(inputs: Array, output_grads: Array, bias: bool = True) -> Array:
     """The Gram matrix of the samples' last-layer gradients, K = HHᵀ∘PPᵀ + PPᵀ (eq. 4), never forming them.
 
+    Where the layer runs at T positions of each sample, a sample's gradient is the sum over its positions,
+    gᵢ = Σₜ pᵢₜhᵢₜᵀ, and Kᵢⱼ = Σₜₛ (hᵢₜ·hⱼₛ + 1)(pᵢₜ·pⱼₛ); positions whose gradient is zero cost nothing.
+
     Args:
-        inputs (np.ndarray | torch.Tensor): H, the layer's inputs, shape (M, D).
+        inputs (np.ndarray | torch.Tensor): H, the layer's inputs, shape (M, D) or (M, T, D).
         output_grads (np.ndarray | torch.Tensor): P, gradients of the sum of the per-sample losses with respect
-            to the layer's outputs, shape (M, C).
+            to the layer's outputs, shape (M, C) or (M, T, C).
         bias (bool, optional): Whether the layer has a bias; without one the term PPᵀ is left out.
             Default: ``True``.
 
@@ -35,13 +40,18 @@ def last_layer_gram(inputs: Array, output_grads: Array, bias: bool = True) -> Ar
         Gram matrix that :func:`.gram_omp` can tell duplicates from neighbours by.
 
     Raises:
-        ValueError: If the shapes are not (M, D) and (M, C).
+        ValueError: If the shapes are not (M, D) and (M, C), or (M, T, D) and (M, T, C).
     """
-    if inputs.ndim != 2 or output_grads.ndim != 2 or len(inputs) != len(output_grads):
+    if inputs.ndim != output_grads.ndim or inputs.ndim not in (2, 3) or inputs.shape[:-1] != output_grads.shape[:-1]:
         raise ValueError(
-            "inputs must have shape (M, D) and output_grads (M, C) with the same number of samples M, got "
-            f"{tuple(inputs.shape)} and {tuple(output_grads.shape)}."
+            "inputs must have shape (M, D) and output_grads (M, C) with the same number of samples M, or (M, T, D) and "
+            f"(M, T, C) with the same positions, too; got {tuple(inputs.shape)} and {tuple(output_grads.shape)}."
         )
+    if inputs.ndim == 3:
+        h, p = torch.as_tensor(inputs), torch.as_tensor(output_grads)
+        kept = p.ne(0).any(-1)
+        gram = position_gram(h[kept], p[kept], kept.sum(1), p.shape[-1], bias).to(h.dtype)
+        return gram if isinstance(inputs, torch.Tensor) else gram.numpy()  # pyright: ignore[reportReturnType]
     products = inputs @ inputs.T
     if bias:
         products = products + 1
@@ -176,18 +186,19 @@ class OutputLayerTap:
                 handle.remove()
 
     def inputs_and_grads(self, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """H, shape (M, D), and P, shape (M, C), for the samples' losses, shape (M,).
+        """H and P for the samples' losses, shape (M,): (M, D) and (M, C), or (M, T, D) and (M, T, C).
 
         Raises:
             ValueError: If the layer did not run, the losses do not depend on its output, or it ran on another
-                number of rows than there are losses.
+                number of samples than there are losses.
         """
         leaf, inputs = self.leaf, self._inputs
         assert inputs is not None
-        if inputs.dim() != 2 or len(inputs) != len(losses):
+        if inputs.dim() < 2 or len(inputs) != len(losses):
             raise ValueError(
                 f"The output layer ran on inputs of shape {tuple(inputs.shape)} for {len(losses)} samples; expected "
-                f"({len(losses)}, {self.layer.in_features}): one row for each sample."
+                f"({len(losses)}, {self.layer.in_features}) or ({len(losses)}, positions, {self.layer.in_features}): "
+                "the samples first. Pass another layer as output_layer."
             )
         if not losses.requires_grad:
             raise ValueError(

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from composer.core import State
+from composer.core import Precision, State
 from composer.utils import dist
 
 from composer_gradmatch.losses import LossFn
 from composer_gradmatch.selection_pass import no_trace, unwrap
-from composer_gradmatch.subset_backprop import Selection, TwoPassBackprop, WholeBatch
+from composer_gradmatch.subset_backprop import Selection, WholeBatch
+from composer_gradmatch.two_pass_backprop import TwoPassBackprop
 
 __all__ = ["LossBackprop", "loss_percentiles", "select_by_percentile"]
 
@@ -74,11 +75,16 @@ class LossBackprop(TwoPassBackprop):
         target_key (str | int | tuple[Callable, Callable] | Any, optional): Where a batch has its targets.
             Default: ``1``.
         loss_fn (Callable, optional): A function of (outputs, batch) that returns the loss of each sample, shape
-            (M,); the model's own ``loss(..., reduction='none')`` if None. Default: ``None``.
+            (M,). ``None`` asks the model's own ``loss(..., reduction='none')`` or, for a ``HuggingFaceModel``, takes
+            the loss of its task from its logits and labels. Default: ``None``.
         beta (float, optional): The selectivity β. ``None`` takes Composer's 1/keep − 1, which makes the mean
             probability of a sample keep; the paper's text has M/m = 1/keep. Default: ``None``.
         history (int, optional): R, the number of recent losses to rank by; 0 ranks within the minibatch.
             Default: ``0``.
+        selection_microbatch_size (int | str, optional): Samples at a time in the selection pass: a number, ``"auto"``,
+            or ``None`` for the training step's; see :class:`.TwoPassBackprop`. Default: ``None``.
+        selection_precision (str | Precision, optional): The precision of the selection pass, e.g. ``"amp_bf16"``;
+            ``None`` for the training step's. Default: ``None``.
 
     Raises:
         ValueError: If a value is out of range.
@@ -104,8 +110,21 @@ class LossBackprop(TwoPassBackprop):
         loss_fn: LossFn | None = None,
         beta: float | None = None,
         history: int = 0,
+        selection_microbatch_size: int | str | None = None,
+        selection_precision: str | Precision | None = None,
     ) -> None:
-        super().__init__(start, end, keep, scale_factor, interrupt, input_key, target_key, loss_fn)
+        super().__init__(
+            start,
+            end,
+            keep,
+            scale_factor,
+            interrupt,
+            input_key,
+            target_key,
+            loss_fn,
+            selection_microbatch_size,
+            selection_precision,
+        )
         if beta is not None and not 0 <= beta < float("inf"):
             raise ValueError(f"beta must be a number >= 0 (0 draws uniformly) or None for 1/keep - 1; got {beta}.")
         if isinstance(history, bool) or not isinstance(history, int) or history < 0:
@@ -133,10 +152,11 @@ class LossBackprop(TwoPassBackprop):
     @torch.no_grad()
     def _losses(self, state: State, num_samples: int) -> torch.Tensor:
         with no_trace(unwrap(state.model)):
-            _, losses = self._outputs_and_losses(state, num_samples)
-        return losses.detach().to("cpu", torch.float64)
+            losses = self._in_microbatches(state, num_samples, lambda batch, n: self._forward(state, batch, n)[1])
+        return torch.cat(losses).detach().to("cpu", torch.float64)
 
     def _rehearse(self, state: State, num_samples: int, num_picks: int) -> None:
+        super()._rehearse(state, num_samples, num_picks)
         self._losses(state, num_samples)
 
     def _select(self, state: State, num_samples: int, num_picks: int) -> Selection | WholeBatch:

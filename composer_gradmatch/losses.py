@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["LossFn", "check_reduction", "check_unit_weights", "per_sample_losses", "weighted_loss"]
+from composer_gradmatch.huggingface_losses import check_labels, huggingface_losses, is_huggingface
+
+__all__ = ["LossFn", "check_batch", "check_losses", "check_unit_weights", "per_sample_losses", "weighted_loss"]
 
 #: The losses of each sample, shape (M,), from a model's outputs and the batch.
 LossFn = Callable[[Any, Any], torch.Tensor]
@@ -19,27 +21,49 @@ _REMEDY = (
 )
 
 
-def check_reduction(model: Any) -> None:
-    """Checks that a model's ``loss`` may take ``reduction='none'``, as far as its signature tells.
+def _takes_reduction(model: Any) -> bool:
+    parameters = inspect.signature(model.loss).parameters
+    return "reduction" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def check_losses(model: Any) -> None:
+    """Checks that the losses of a model's samples are to be had, as far as can be told without a batch.
 
     Args:
         model (ComposerModel): The model.
 
     Raises:
-        TypeError: If ``loss`` has neither a parameter ``reduction`` nor ``**kwargs``.
+        TypeError: If its ``loss`` has neither a parameter ``reduction`` nor ``**kwargs``, and it is no
+            ``HuggingFaceModel``.
     """
-    parameters = inspect.signature(model.loss).parameters
-    if "reduction" not in parameters and all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
+    if not (_takes_reduction(model) or is_huggingface(model)):
         raise TypeError(
             f"{type(model).__name__}.loss takes no keyword argument 'reduction', so it cannot give the loss of each "
             f"sample. {_REMEDY}"
         )
 
 
+def check_batch(model: Any, batch: Any, loss_fn: LossFn | None = None) -> None:
+    """Checks a batch's labels as far as the model tells what they are: see :func:`.check_labels`.
+
+    Args:
+        model (ComposerModel): The model.
+        batch (Any): The batch.
+        loss_fn (Callable, optional): What gives the losses in the model's place. Default: ``None``.
+
+    Raises:
+        ValueError: If the labels of a ``HuggingFaceModel``'s batch cannot be trained on.
+    """
+    if loss_fn is None and is_huggingface(model) and not _takes_reduction(model):
+        check_labels(model, batch)
+
+
 def per_sample_losses(
     model: Any, outputs: Any, batch: Any, num_samples: int, loss_fn: LossFn | None = None
 ) -> torch.Tensor:
-    """The loss of each sample, from ``loss_fn`` or else from ``model.loss(outputs, batch, reduction='none')``.
+    """The loss of each sample: from ``loss_fn``, else ``model.loss(outputs, batch, reduction='none')``.
+
+    A ``HuggingFaceModel`` whose ``loss`` takes no ``reduction`` gets :func:`.huggingface_losses`.
 
     Losses with further dimensions (of positions, say) are summed over them: what matters is that they are in
     proportion to each sample's part in the model's own loss.
@@ -59,18 +83,22 @@ def per_sample_losses(
         ValueError: If what comes back is not one row for each sample.
     """
     if loss_fn is not None:
-        losses, source = loss_fn(outputs, batch), "loss_fn"
+        losses = loss_fn(outputs, batch)
         if not isinstance(losses, torch.Tensor) or losses.shape != (num_samples,):
             got = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
             raise ValueError(f"loss_fn must return a tensor of shape ({num_samples},), one loss a sample; got {got}.")
         return losses
-    source = f"{type(model).__name__}.loss(outputs, batch, reduction='none')"
-    try:
-        losses = model.loss(outputs, batch, reduction="none")
-    except TypeError as error:
-        if "reduction" not in str(error):
-            raise
-        raise TypeError(f"{source} failed: {error}. {_REMEDY}") from error
+    if not _takes_reduction(model) and is_huggingface(model):
+        source = f"The loss of {type(model.model).__name__}"
+        losses = huggingface_losses(model, outputs, batch)
+    else:
+        source = f"{type(model).__name__}.loss(outputs, batch, reduction='none')"
+        try:
+            losses = model.loss(outputs, batch, reduction="none")
+        except TypeError as error:
+            if "reduction" not in str(error):
+                raise
+            raise TypeError(f"{source} failed: {error}. {_REMEDY}") from error
     if not isinstance(losses, torch.Tensor) or losses.dim() == 0 or len(losses) != num_samples:
         got = f"shape {tuple(losses.shape)}" if isinstance(losses, torch.Tensor) else type(losses).__name__
         raise ValueError(f"{source} must return one loss for each of the {num_samples} samples; got {got}. {_REMEDY}")

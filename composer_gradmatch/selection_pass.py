@@ -10,11 +10,23 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from composer.core import Precision, get_precision_context
+from composer.devices import Device
+from composer.utils import dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from composer_gradmatch.batches import copy_structure
 
-__all__ = ["check_scale_factor", "no_trace", "scale_inputs", "unwrap"]
+__all__ = [
+    "check_scale_factor",
+    "is_sharded",
+    "largest_on_all_ranks",
+    "no_trace",
+    "precision_context",
+    "scale_inputs",
+    "unwrap",
+]
 
 _INTERPOLATION = {3: "linear", 4: "bilinear", 5: "trilinear"}
 
@@ -54,6 +66,41 @@ def no_trace(model: nn.Module) -> Iterator[None]:
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside ``DistributedDataParallel``: a selection pass needs no communication between ranks."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ranks must make a model's forward passes together, since each holds a part of its parameters."""
+    return any(isinstance(module, FullyShardedDataParallel | FSDPModule) for module in model.modules())
+
+
+def largest_on_all_ranks(number: int, device: Device) -> int:
+    """The largest of the ranks' numbers."""
+    value = device.tensor_to_device(torch.tensor([number]))
+    dist.all_reduce(value, reduce_operation="MAX")
+    return int(value.item())
+
+
+@contextmanager
+def precision_context(precision: Precision, device: Device) -> Iterator[None]:
+    """Composer's context for a precision; on the CPU, where that has no mixed precision, torch's own autocast.
+
+    Args:
+        precision (Precision): The precision.
+        device (Device): The device.
+
+    Raises:
+        ValueError: If the device does not have it.
+    """
+    dtypes = {Precision.AMP_BF16: torch.bfloat16, Precision.AMP_FP16: torch.float16}
+    if device.name != "cpu":
+        with get_precision_context(precision):
+            yield
+    elif precision == Precision.AMP_FP8:
+        raise ValueError("selection_precision='amp_fp8' needs a GPU; on the CPU use 'amp_bf16'.")
+    else:
+        dtype = dtypes.get(precision, torch.bfloat16)
+        with torch.autocast("cpu", dtype, enabled=precision in dtypes):
+            yield
 
 
 def check_scale_factor(scale_factor: float) -> None:

@@ -7,21 +7,20 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from composer.algorithms import SelectiveBackprop
 from composer.algorithms.selective_backprop import should_selective_backprop
-from composer.core import Algorithm, Event, State, get_precision_context
+from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 from composer.models import ComposerModel
 
 from composer_gradmatch.batches import count_samples, match_rows, take_samples
-from composer_gradmatch.losses import LossFn, check_reduction, per_sample_losses, weighted_loss
-from composer_gradmatch.selection_pass import check_scale_factor, no_trace, scale_inputs, unwrap
+from composer_gradmatch.selection_pass import no_trace, unwrap
 from composer_gradmatch.spans import span
 
-__all__ = ["Selection", "SubsetBackprop", "TwoPassBackprop", "WholeBatch"]
+__all__ = ["Selection", "SubsetBackprop", "WholeBatch"]
 
 
 @dataclass(frozen=True)
@@ -259,79 +258,3 @@ class SubsetBackprop(Algorithm):
     def _after_loss(self, state: State) -> None:
         """Replaces the loss of a microbatch by its weighted loss."""
         raise NotImplementedError(f"{type(self).__name__} gives weights, so it must weigh the loss.")
-
-
-class TwoPassBackprop(SubsetBackprop):
-    """A :class:`SubsetBackprop` that selects by a forward pass of its own over the whole minibatch.
-
-    Args:
-        start (float, optional): See :class:`SubsetBackprop`. Default: ``0.5``.
-        end (float, optional): See :class:`SubsetBackprop`. Default: ``0.9``.
-        keep (float, optional): See :class:`SubsetBackprop`. Default: ``0.5``.
-        scale_factor (float, optional): Scale for downsampling the inputs of the selection pass, in (0, 1].
-            Default: ``1.0``.
-        interrupt (int, optional): See :class:`SubsetBackprop`. Default: ``2``.
-        input_key (str | int | tuple[Callable, Callable] | Any, optional): See :class:`SubsetBackprop`. Default: ``0``.
-        target_key (str | int | tuple[Callable, Callable] | Any, optional): See :class:`SubsetBackprop`. Default: ``1``.
-        loss_fn (Callable, optional): A function of (outputs, batch) that returns the loss of each sample, shape
-            (M,); the model's own ``loss(..., reduction='none')`` if None. Default: ``None``.
-
-    Raises:
-        ValueError: If a value is out of range.
-    """
-
-    two_passes = True
-
-    def __init__(
-        self,
-        start: float = 0.5,
-        end: float = 0.9,
-        keep: float = 0.5,
-        scale_factor: float = 1.0,
-        interrupt: int = 2,
-        input_key: Any = 0,
-        target_key: Any = 1,
-        loss_fn: LossFn | None = None,
-    ) -> None:
-        super().__init__(start, end, keep, interrupt, input_key, target_key)
-        check_scale_factor(scale_factor)
-        if loss_fn is not None and not callable(loss_fn):
-            raise TypeError(f"loss_fn must be a function of (outputs, batch), got {type(loss_fn).__name__}.")
-        self.scale_factor = scale_factor
-        self.loss_fn = loss_fn
-
-    def _check_setup(self, state: State) -> None:
-        super()._check_setup(state)
-        if self.loss_fn is None:
-            check_reduction(unwrap(state.model))
-        if 2 / 3 <= self.keep < 1:
-            warnings.warn(
-                f"{type(self).__name__} with keep={self.keep} costs more than training on everything: a selection "
-                f"pass of M/3 and a step on m samples against M is {1 / 3 + self.keep:.2f}. "
-                "Only below keep=2/3 does it save time.",
-                stacklevel=2,
-            )
-
-    def _outputs_and_losses(self, state: State, num_samples: int) -> tuple[Any, torch.Tensor]:
-        """The model's outputs on ``state.batch``, scaled down, and its samples' losses, in the run's precision."""
-        model = unwrap(state.model)
-        batch = scale_inputs(state.batch, self.input_key, self.scale_factor)
-        with span("selection_forward"), get_precision_context(state.precision, state.precision_config):
-            try:
-                outputs = model(batch)
-            except RuntimeError as error:
-                if self.scale_factor == 1 or isinstance(error, torch.OutOfMemoryError):
-                    raise
-                raise ValueError(
-                    f"The model failed on inputs downsampled by scale_factor={self.scale_factor}: {error}. If it takes "
-                    "one size only, leave scale_factor at 1."
-                ) from error
-            return outputs, per_sample_losses(model, outputs, batch, num_samples, self.loss_fn)
-
-    def _after_loss(self, state: State) -> None:
-        assert self._microbatch_weights is not None
-        weights = self._microbatch_weights
-        with get_precision_context(state.precision, state.precision_config):
-            model = unwrap(state.model)
-            losses = per_sample_losses(model, state.outputs, state.batch, len(weights), self.loss_fn)
-            state.loss = weighted_loss(losses, weights, cast(torch.Tensor, state.loss))

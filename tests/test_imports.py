@@ -11,21 +11,27 @@ import composer_gradmatch
 
 PACKAGE = Path(composer_gradmatch.__file__).parent
 ALGORITHMS = {"gradmatch", "loss_backprop", "random_backprop"}
+#: What a selecting forward pass takes.
+TWO_PASS = {"batches", "losses", "selection_pass", "spans", "subset_backprop"}
 #: What the studies measure the parts of.
 MEASURED = {"batches", "gradmatch", "last_layer", "selection_pass", "spans"}
 MAY_IMPORT: dict[str, set[str]] = {
     "matching": set(),
     "batches": set(),
-    "last_layer": set(),
-    "losses": set(),
+    "position_gram": set(),
+    "last_layer": {"position_gram"},
+    "layer_gradients": {"last_layer", "position_gram"},
+    "huggingface_losses": set(),
+    "losses": {"huggingface_losses"},
     "config": set(),
     "selection_pass": {"batches"},
     "run_summary": {"batches"},
     "spans": set(),
-    "subset_backprop": {"batches", "losses", "selection_pass", "spans"},
+    "subset_backprop": {"batches", "selection_pass", "spans"},
+    "two_pass_backprop": TWO_PASS,
     "passes": {"subset_backprop"},
-    "gradmatch": {"batches", "last_layer", "losses", "matching", "selection_pass", "spans", "subset_backprop"},
-    "loss_backprop": {"losses", "selection_pass", "subset_backprop"},
+    "gradmatch": {"layer_gradients", "last_layer", "matching", "two_pass_backprop", *TWO_PASS},
+    "loss_backprop": {"two_pass_backprop", *TWO_PASS},
     "random_backprop": {"losses", "selection_pass", "subset_backprop"},
     "data": {"data"},
     "models": {"models"},

@@ -203,10 +203,8 @@ def draw_step_times(table: Table, parts: Table, path: Path, title: str) -> None:
         x = np.linspace(0, max(table.loc[table["strategy"] != "full", "keep"], default=1), 2)
         left.plot(x, x + offset, color="gray", linestyle=line, linewidth=1, label=f"cost model: {label}")
     left.axhline(1, color=_COLOURS["full"], linestyle="--", label="full")
-    left.set(
-        xlabel="keep (fraction of the minibatch)", ylabel="time per step, share of the full batch's", ylim=(0, None)
-    )
-    left.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    left.set(xlabel="keep (fraction of the minibatch)", ylabel="time per step / full batch's", ylim=(0, None))
+    left.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
 
     labels = [row.strategy if row.strategy == "full" else f"{row.strategy} {row.keep:g}" for row in parts.itertuples()]
     start = np.zeros(len(parts))
@@ -222,7 +220,7 @@ def draw_step_times(table: Table, parts: Table, path: Path, title: str) -> None:
         )
         start = start + parts[part].to_numpy()
     right.invert_yaxis()
-    right.set(xlabel="time per step, share of the full batch's", ylabel="")
-    right.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.4, -0.16), ncols=3)
+    right.set(xlabel="time per step / full batch's", ylabel="")
+    right.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.4, -0.2), ncols=3)
     figure.suptitle(title, fontsize=10)
     _save(figure, path)
