@@ -77,10 +77,14 @@ class TwoPassBackprop(SubsetBackprop):
                 f"selection_microbatch_size must be a positive number of samples, 'auto', or None for the training "
                 f"step's; got {size!r}."
             )
-        if selection_precision is not None and str(selection_precision) not in [*Precision, *map(str, Precision)]:
+        precisions = [precision.value for precision in Precision]
+        if (
+            selection_precision is not None
+            and getattr(selection_precision, "value", selection_precision) not in precisions
+        ):
             raise ValueError(
-                f"selection_precision must be one of {', '.join(p.value for p in Precision)}, or None for the training "
-                f"step's; got {selection_precision!r}."
+                f"selection_precision must be one of {', '.join(precisions)}, or None for the training step's; "
+                f"got {selection_precision!r}."
             )
         self.scale_factor = scale_factor
         self.loss_fn = loss_fn
