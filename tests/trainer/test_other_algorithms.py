@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import NUM_CLASSES, Case, loader, make_trainer, record_selections
+from cases import MLP, NUM_CLASSES, Case, loader, make_trainer, record_selections
 from composer import Algorithm, Callback
 from composer.algorithms import (
     EMA,
@@ -243,3 +243,41 @@ def test_a_step_is_what_the_algorithm_makes_of_the_weighted_picks(name, listed_f
 @pytest.mark.parametrize("other", [*OTHERS.values(), *INTERPOLATED.values()])
 def test_a_step_without_weights(algorithm_class, other):
     check_step(other, algorithm_class(**ON), microbatch_size=6)
+
+
+@pytest.mark.parametrize("other", INTERPOLATED.values(), ids=INTERPOLATED)
+def test_an_interpolated_loss_is_refused_at_init_beside_weights(other):
+    with pytest.raises(ValueError, match=r"interpolate_loss=True\) adds an unweighted loss.*interpolate_loss=False"):
+        make_trainer(IMAGES.model(), None, [GradMatch(**ON), other.make()])
+
+
+@pytest.mark.parametrize("other", [MixUp(interpolate_loss=True), LabelSmoothing()])
+def test_nothing_is_refused_where_nothing_is_selected(other):
+    make_trainer(MLP.model(), loader(MLP.data(M), M), [GradMatch(**{**ON, "keep": 1.0}), other]).fit()
+
+
+@pytest.mark.parametrize("algorithm_class", [GradMatch, LossBackprop, RandomBackprop])
+def test_picks_fewer_than_a_ghost_batch_are_refused_on_the_first_batch(algorithm_class):
+    train, ghosts = loader(NORMALISED.data(M), M), GhostBatchNorm(8)
+    trainer = make_trainer(
+        NORMALISED.model(), train, [algorithm_class(keep=0.25), ghosts], algorithm_passes=[select_first]
+    )
+    with pytest.raises(ValueError, match=r"picks 6 of 24.*microbatch of 6.*at least ghost_batch_size=8"):
+        trainer.fit()
+
+
+@pytest.mark.parametrize("algorithm_class", [GradMatch, RandomBackprop])
+def test_a_minibatch_whose_picks_come_out_too_few_for_a_ghost_batch_is_trained_whole(algorithm_class):
+    algorithm, watch = algorithm_class(**ON), Watch(OTHERS["ema"], None)
+    train = loader(NORMALISED.data(M + 8), M)
+    trainer = make_trainer(
+        *(NORMALISED.model(), train, [algorithm, GhostBatchNorm(8)]),
+        max_duration="1ep",
+        algorithm_passes=[select_first],
+        callbacks=[watch],
+    )
+    with pytest.warns(UserWarning, match="fewer samples than GhostBatchNorm's ghost_batch_size"):
+        trainer.fit()
+    assert 8 <= len(watch.targets[0]) <= 12
+    assert len(watch.targets[1]) == 8
+    assert algorithm.batches_trained_whole == 1
