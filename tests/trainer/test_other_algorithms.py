@@ -27,6 +27,7 @@ from oracles import reference_selection
 from torch import nn
 
 from composer_gradmatch import GradMatch, LossBackprop, RandomBackprop, select_first
+from composer_gradmatch.batches import take_samples
 
 # Said of every SWA.
 pytestmark = pytest.mark.filterwarnings("ignore:SWA has known issues when resuming:UserWarning")
@@ -199,6 +200,8 @@ def check_step(other, selecting, *, listed_first=True, passes=(select_first,), m
         assert picks.tolist() == expected.tolist()
         weights = torch.as_tensor(found)
         assert weights.std() > 0.1, "equal weights would show nothing"
+    assert selecting.batches_trained_whole == 0
+    assert len(picks) > 6, "one microbatch would show nothing of two"
     parts = list(zip(picks.split(microbatch_size), weights.split(microbatch_size), watch.draws, strict=False))
 
     def loss_at(module):
@@ -254,6 +257,12 @@ def test_an_interpolated_loss_is_refused_at_init_beside_weights(other):
 @pytest.mark.parametrize("other", [MixUp(interpolate_loss=True), LabelSmoothing()])
 def test_nothing_is_refused_where_nothing_is_selected(other):
     make_trainer(MLP.model(), loader(MLP.data(M), M), [GradMatch(**{**ON, "keep": 1.0}), other]).fit()
+
+
+def test_picked_samples_keep_their_memory_format():
+    images = torch.zeros(M, 3, 8, 8).to(memory_format=torch.channels_last)
+    picked, _ = take_samples((images, torch.zeros(M)), torch.tensor([3, 1, 5]), M)
+    assert picked.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("algorithm_class", [GradMatch, LossBackprop, RandomBackprop])
