@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from composer.core import Event, Precision, State
+from composer.algorithms import LabelSmoothing
+from composer.core import Algorithm, Event, Precision, State
 from composer.loggers import Logger
 from torch import nn
 
@@ -267,8 +268,10 @@ class GradMatch(TwoPassBackprop):
                 f"{type(model).__name__} has no nn.Linear, but GradMatch matches the gradients of a linear output "
                 "layer. Use LossBackprop or RandomBackprop, which need none."
             )
+        if not self.ordered_first:
+            self._check_loss_order(state, LabelSmoothing)
         for other in state.algorithms:
-            if getattr(other, "interpolate_loss", False):
+            if getattr(other, "interpolate_loss", False) and self.keep < 1:
                 raise ValueError(
                     f"{type(other).__name__}(interpolate_loss=True) adds an unweighted loss after GradMatch has "
                     "weighted its samples. Use interpolate_loss=False, which mixes the targets instead."
@@ -276,7 +279,13 @@ class GradMatch(TwoPassBackprop):
 
     def _check_order(self, state: State) -> None:
         super()._check_order(state)
+        self._check_loss_order(state, Algorithm)
+
+    def _check_loss_order(self, state: State, kind: type[Algorithm]) -> None:
+        """Raises if an algorithm of a kind would undo its change of the loss before the samples are weighted."""
         for other in self._earlier_after_events(state):
+            if not isinstance(other, kind) or self.keep >= 1:
+                continue
             if other.match(Event.BEFORE_LOSS, state) and other.match(Event.AFTER_LOSS, state):
                 raise ValueError(
                     f"{type(other).__name__} changes the batch for the loss and puts it back on AFTER_LOSS, before "

@@ -31,7 +31,7 @@ def select_first(algorithms: Sequence[Algorithm], event: Event) -> Sequence[Algo
     Returns:
         Sequence[Algorithm]: The same algorithms, in the order to run them in.
     """
-    if event == Event.FIT_START:
+    if event in (Event.INIT, Event.FIT_START):
         for algorithm in algorithms:
             if isinstance(algorithm, SubsetBackprop):
                 algorithm.ordered_first = True

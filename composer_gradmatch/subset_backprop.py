@@ -17,6 +17,7 @@ from composer.loggers import Logger
 from composer.models import ComposerModel
 
 from composer_gradmatch.batches import count_samples, match_rows, take_samples
+from composer_gradmatch.other_algorithms import activate_training_weights, ghost_batch_size, smallest_microbatch
 from composer_gradmatch.selection_pass import no_trace, unwrap
 from composer_gradmatch.spans import span
 
@@ -106,6 +107,7 @@ class SubsetBackprop(Algorithm):
         self.batches_trained_whole = 0
         self._warned: set[str] = set()
         self._rehearsed = False
+        self._ghost_batch_size = 1
         self._clear_weights()
 
     def _clear_weights(self) -> None:
@@ -212,7 +214,10 @@ class SubsetBackprop(Algorithm):
         state.batch = state.device.batch_to_device(state.batch)
         num_samples = count_samples(state.batch, self.input_key, self.target_key)
         num_picks = max(1, int(self.keep * num_samples))
+        if self.two_passes:
+            activate_training_weights(state, logger)
         if not self._rehearsed:
+            self._check_ghost_batches(state, num_samples, num_picks)
             with no_trace(unwrap(state.model)):
                 self._rehearse(state, num_samples, num_picks)
             self._rehearsed = True
@@ -220,6 +225,11 @@ class SubsetBackprop(Algorithm):
             return
 
         selection = self._select(state, num_samples, num_picks)
+        if isinstance(selection, Selection) and self._too_few_for_ghost_batches(state, len(selection.indices)):
+            selection = WholeBatch(
+                "some picks make a microbatch of fewer samples than GhostBatchNorm's ghost_batch_size; their "
+                "minibatches are trained whole."
+            )
         if isinstance(selection, WholeBatch):
             self.batches_trained_whole += 1
             logger.log_metrics({f"{self.log_name}/batches_trained_whole": self.batches_trained_whole})
@@ -243,6 +253,21 @@ class SubsetBackprop(Algorithm):
             "selection_time": time.perf_counter() - started,
         }
         logger.log_metrics({f"{self.log_name}/{key}": value for key, value in metrics.items()})
+
+    def _too_few_for_ghost_batches(self, state: State, num_picks: int) -> bool:
+        return smallest_microbatch(num_picks, state.device_train_microbatch_size) < self._ghost_batch_size
+
+    def _check_ghost_batches(self, state: State, num_samples: int, num_picks: int) -> None:
+        """Raises on the run's first batch, which is a full one, if ``GhostBatchNorm`` cannot take its picks."""
+        self._ghost_batch_size = ghost_batch_size(unwrap(state.model))
+        if int(state.timestamp.batch) == 0 and self._too_few_for_ghost_batches(state, num_picks):
+            smallest = smallest_microbatch(num_picks, state.device_train_microbatch_size)
+            raise ValueError(
+                f"{type(self).__name__} with keep={self.keep} picks {num_picks} of {num_samples} samples, which makes "
+                f"a microbatch of {smallest}, but GhostBatchNorm takes at least "
+                f"ghost_batch_size={self._ghost_batch_size} samples at once. Lower ghost_batch_size, raise keep or "
+                "the batch size, or choose a device_train_microbatch_size that leaves no smaller rest."
+            )
 
     def _batch_start(self, state: State) -> None:
         """Remembers the batch that the Trainer will split, which others may have changed since the selection."""

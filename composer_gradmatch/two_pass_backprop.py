@@ -150,12 +150,13 @@ class TwoPassBackprop(SubsetBackprop):
     def _microbatches(state: State, num_samples: int, size: int) -> Iterator[tuple[Any, int, bool]]:
         """Parts of the batch, their numbers of samples, and whether they count.
 
-        Sharded models' parameters are gathered in each forward pass, so all ranks make the same number of them.
+        As few as ``size`` allows, and as even, for layers that dislike a small rest. Sharded models' parameters are
+        gathered in each forward pass, so all ranks make the same number of them.
         """
         passes = -(-num_samples // size)
         if is_sharded(unwrap(state.model)):
             passes = largest_on_all_ranks(passes, state.device)
-            size = -(-num_samples // passes)
+        size = -(-num_samples // passes)
         for i in range(passes):
             begin, end = i * size, min((i + 1) * size, num_samples)
             counts = begin < end
