@@ -251,11 +251,13 @@ class GradMatch(TwoPassBackprop):
         self.output_layer = output_layer
         self.solver: Solver = solver
         self._layer: nn.Linear | None = None
+        self._changed_in_place = False
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Runs the part of the algorithm that belongs to an event: see :class:`.Algorithm`."""
         if event == Event.FIT_START:
-            self._layer = None  # Algorithms may have replaced modules since.
+            # Algorithms may have replaced modules since.
+            self._layer, self._changed_in_place = None, False
         super().apply(event, state, logger)
 
     def _check_setup(self, state: State) -> None:
@@ -325,11 +327,18 @@ class GradMatch(TwoPassBackprop):
         layer = self._output_layer(state)
 
         def last_layer_gradients(batch: Any, n: int) -> LayerGradients:
-            with OutputLayerTap(layer).open() as tap:
-                _, losses = self._forward(state, batch, n)
-                with span("output_gradients"):
-                    inputs, grads = tap.inputs_and_grads(losses)
-            return LayerGradients.of(inputs, grads, tap.leaf.detach(), num_samples)
+            try:
+                with OutputLayerTap(layer, copy=self._changed_in_place).open() as tap:
+                    outputs, losses = self._forward(state, batch, n)
+                    with span("output_gradients"):
+                        inputs, grads = tap.inputs_and_grads(losses)
+                    del outputs, losses  # And with them the graph of the loss, which holds copies of the output.
+            except (RuntimeError, ValueError) as error:
+                if self._changed_in_place or "used in an in-place operation" not in str(error):
+                    raise
+                self._changed_in_place = True
+                return last_layer_gradients(batch, n)
+            return LayerGradients.of(layer, inputs, grads, tap.leaf.detach(), num_samples)
 
         with no_trace(unwrap(state.model)):
             parts = self._in_microbatches(state, num_samples, last_layer_gradients)

@@ -145,10 +145,13 @@ class OutputLayerTap:
 
     Args:
         layer (nn.Linear): The output layer.
+        copy (bool, optional): Whether the model and the loss go on with a copy of the output, which they may change
+            in place; without one they must not. Default: ``True``.
     """
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, layer: nn.Linear, copy: bool = True) -> None:
         self.layer = layer
+        self.copy = copy
         self._inputs: torch.Tensor | None = None
         self._leaf: torch.Tensor | None = None
 
@@ -172,8 +175,7 @@ class OutputLayerTap:
         self._inputs = args[0].detach()
         self._leaf = output.detach().requires_grad_()
         torch.set_grad_enabled(True)
-        # Not the leaf itself: the model may go on to change its output in place.
-        return self._leaf.clone()
+        return self._leaf.clone() if self.copy else self._leaf
 
     @contextmanager
     def open(self) -> Iterator[OutputLayerTap]:

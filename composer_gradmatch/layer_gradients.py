@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from composer_gradmatch.last_layer import last_layer_gram
 from composer_gradmatch.position_gram import SoftmaxGrads, position_gram
 
 __all__ = ["STORED_BYTES", "LayerGradients", "gram_of_all"]
 
-#: The most memory for all of P as it is: above, P of a softmax cross-entropy is kept as what computes it again.
+#: The most memory for all of P as it is: above, P of a softmax cross-entropy is kept as what computes it again
+#: (unless FSDP has the layer's weight in parts, or the loss is another one: then all of P is kept).
 STORED_BYTES = 64 * 2**20
 
 
@@ -35,10 +37,13 @@ class LayerGradients:
     finite: bool
 
     @classmethod
-    def of(cls, inputs: torch.Tensor, grads: torch.Tensor, outputs: torch.Tensor, num_samples: int) -> LayerGradients:
+    def of(
+        cls, layer: nn.Linear, inputs: torch.Tensor, grads: torch.Tensor, outputs: torch.Tensor, num_samples: int
+    ) -> LayerGradients:
         """Keeps what the Gram matrix needs of some of ``num_samples`` samples.
 
         Args:
+            layer (nn.Linear): The output layer.
             inputs (torch.Tensor): Their H, shape (n, D) or (n, T, D).
             grads (torch.Tensor): Their P, shape (n, C) or (n, T, C).
             outputs (torch.Tensor): What the layer put out, of P's shape.
@@ -49,11 +54,17 @@ class LayerGradients:
             return cls(inputs, grads, None, finite)
         kept = grads.flatten(1, -2).ne(0).any(-1)
         counts = kept.sum(1).cpu()
-        rows = grads.flatten(1, -2)[kept]
+        keep = (lambda rows: rows.flatten(0, -2)) if kept.all() else (lambda rows: rows.flatten(1, -2)[kept])
+        rows = keep(grads)
         compact = None
-        if finite and rows.nbytes * num_samples / len(inputs) > STORED_BYTES:
-            compact = SoftmaxGrads.recognise(outputs.flatten(1, -2)[kept], rows)
-        return cls(inputs.flatten(1, -2)[kept], rows if compact is None else compact, counts, finite)
+        if finite and _is_whole(layer) and rows.nbytes * num_samples / len(inputs) > STORED_BYTES:
+            compact = SoftmaxGrads.recognise(keep(outputs), rows)
+        return cls(keep(inputs), rows if compact is None else compact, counts, finite)
+
+
+def _is_whole(layer: nn.Linear) -> bool:
+    """Whether this process holds all of the layer's weight, which FSDP spreads over the ranks."""
+    return not isinstance(layer.weight, DTensor) and layer.weight.shape == (layer.out_features, layer.in_features)
 
 
 def gram_of_all(parts: Sequence[LayerGradients], layer: nn.Linear) -> torch.Tensor:

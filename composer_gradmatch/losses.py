@@ -147,12 +147,13 @@ def check_unit_weights(losses: torch.Tensor, own_loss: Any, leaf: torch.Tensor) 
     (unit_grad,) = torch.autograd.grad(unit, leaf, retain_graph=True)
     if not (own_grad.isfinite().all() and unit_grad.isfinite().all()):
         return  # Says nothing about the functions; such a batch is trained whole.
-    error = (own_grad.double() - unit_grad.double()).norm()
     tolerance = 1e-4 if leaf.dtype in (torch.float32, torch.float64) else 1e-2
-    if error > tolerance * own_grad.double().norm():
+    norm = own_grad.norm(dtype=torch.float32)
+    error = own_grad.sub_(unit_grad).norm(dtype=torch.float32)
+    if error > tolerance * norm:
         raise ValueError(
             "The per-sample losses do not add up to the model's own loss: with all weights one, the gradient at the "
-            f"output layer is off by {error / own_grad.double().norm():.2g} of its norm, so selection would train "
+            f"output layer is off by {error / norm:.2g} of its norm, so selection would train "
             "on another objective. Check that loss_fn (or loss(..., reduction='none')) is the model's loss before "
             "reduction, with the same terms."
         )

@@ -54,6 +54,17 @@ class Reordered(nn.Module):
         return self.head(torch.relu(self.body(inputs)))
 
 
+class InPlace(nn.Module):
+    """Changes its output layer's output in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(12, 16), nn.Linear(16, NUM_CLASSES)
+
+    def forward(self, inputs):
+        return self.head(torch.tanh(self.body(inputs))).mul_(0.5)
+
+
 @dataclass(frozen=True)
 class Case:
     name: str
@@ -77,7 +88,8 @@ CONV = Case("conv", _conv, "4", (1, 4, 4))
 BATCHNORM = Case("batchnorm", _batchnorm, "5", (1, 4, 4))
 ANY_SIZE = Case("any_size", _any_size, "4", (1, 8, 8))
 REORDERED = Case("reordered", Reordered, "head", (12,))
-STEP_CASES = [MLP, NO_BIAS, CONV, REORDERED]
+IN_PLACE = Case("in_place", InPlace, "head", (12,))
+STEP_CASES = [MLP, NO_BIAS, CONV, REORDERED, IN_PLACE]
 
 
 def loader(dataset: Dataset, batch_size: int, *, shuffle: bool = False, drop_last: bool = False) -> DataLoader:

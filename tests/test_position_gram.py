@@ -136,12 +136,12 @@ def test_gathering_from_microbatches_gives_the_same_whether_p_is_stored_or_compu
     monkeypatch.setattr(layer_gradients, "STORED_BYTES", stored)
     layer, inputs, labels, outputs, grads = problem(bias)
     slices = (slice(0, 2), slice(2, 3), slice(3, M))
-    parts = [LayerGradients.of(inputs[rows], grads[rows], outputs[rows], M) for rows in slices]
+    parts = [LayerGradients.of(layer, inputs[rows], grads[rows], outputs[rows], M) for rows in slices]
     assert all(isinstance(part.grads, torch.Tensor) for part in parts) == bool(stored)
     torch.testing.assert_close(gram_of_all(parts, layer), explicit_gram(layer, inputs, labels), rtol=1e-9, atol=1e-12)
 
 
 def test_what_is_not_finite_is_told():
-    _, inputs, _, outputs, grads = problem()
-    assert LayerGradients.of(inputs, grads, outputs, M).finite
-    assert not LayerGradients.of(inputs, grads / 0, outputs, M).finite
+    layer, inputs, _, outputs, grads = problem()
+    assert LayerGradients.of(layer, inputs, grads, outputs, M).finite
+    assert not LayerGradients.of(layer, inputs, grads / 0, outputs, M).finite

@@ -1,0 +1,69 @@
+"""A model sharded by torch's ``fully_shard`` on two processes, against the same step computed in one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CONV
+from oracles import reference_selection, weighted_gradient
+
+LAUNCHER = [str(Path(sys.executable).with_name("composer")), "-n", "2"]
+
+
+def step_of_two_ranks(folder, algorithm):
+    worker = Path(__file__).with_name("sharded_worker.py")
+    done = subprocess.run(
+        [*LAUNCHER, str(worker), str(folder), algorithm],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def steps_over_gradients(ranks):
+    """The step of each parameter on each rank, and the gradient of the weighted mean over both ranks' picks."""
+    picked = []
+    for rank in ranks:
+        weights = torch.ones(len(rank["indices"])) if rank["weights"] is None else rank["weights"]
+        picked.append((*(tensor[rank["indices"]] for tensor in rank["batch"]), weights))
+    module = CONV.model().module
+    gradients = weighted_gradient(module, *(torch.cat(parts) for parts in zip(*picked, strict=True)))
+    before = list(module.parameters())
+    gradient = torch.cat([g.flatten() for g in gradients])
+    steps = [
+        torch.cat([(a - b.detach()).double().flatten() for a, b in zip(rank["parameters"], before, strict=True)])
+        for rank in ranks
+    ]
+    return steps, gradient
+
+
+@pytest.fixture(scope="module")
+def full_step(tmp_path_factory):
+    """How long a step is without selection: on gloo, torch 2.7 adds up the ranks' gradients, where NCCL averages."""
+    steps, gradient = steps_over_gradients(step_of_two_ranks(tmp_path_factory.mktemp("full"), "full"))
+    factor = steps[0].norm() / gradient.norm()
+    assert min((factor - 0.1).abs(), (factor - 0.2).abs()) < 1e-4
+    return factor
+
+
+@pytest.mark.parametrize("algorithm", ["gradmatch", "loss_backprop"])
+def test_a_sharded_step_is_the_weighted_mean_over_both_ranks_picks(tmp_path, algorithm, full_step):
+    ranks = step_of_two_ranks(tmp_path, algorithm)
+    assert [len(rank["batch"][0]) for rank in ranks] == [12, 7]
+    if algorithm == "gradmatch":
+        for rank in ranks:
+            picks, expected = reference_selection(CONV.model().module, CONV.layer, *rank["batch"], 0.5)
+            assert rank["indices"].tolist() == picks.tolist()
+            torch.testing.assert_close(rank["weights"], torch.as_tensor(expected), rtol=1e-4, atol=1e-5)
+    steps, gradient = steps_over_gradients(ranks)
+    for step in steps:
+        assert (step + full_step * gradient).norm() <= 1e-4 * step.norm()
