@@ -149,7 +149,7 @@ def check_unit_weights(losses: torch.Tensor, own_loss: Any, leaf: torch.Tensor) 
         return  # Says nothing about the functions; such a batch is trained whole.
     tolerance = 1e-4 if leaf.dtype in (torch.float32, torch.float64) else 1e-2
     norm = own_grad.norm(dtype=torch.float32)
-    error = own_grad.sub_(unit_grad).norm(dtype=torch.float32)
+    error = (own_grad - unit_grad).norm(dtype=torch.float32)
     if error > tolerance * norm:
         raise ValueError(
             "The per-sample losses do not add up to the model's own loss: with all weights one, the gradient at the "
