@@ -61,17 +61,11 @@ def count_samples(batch: Any, input_key: Any = 0, target_key: Any = 1) -> int:
         target_key (Any, optional): Where its targets are. Default: ``1``.
 
     Raises:
-        ValueError: If a key names nothing, lengths differ, something has no length, or the batch is empty.
+        ValueError: If a key names nothing, lengths differ, or something has no length.
     """
     if isinstance(batch, Mapping) and (input_key, target_key) == (0, 1) and not {0, 1} & batch.keys():
-        num_samples = _common_length(batch)
-    else:
-        num_samples = _length_at_keys(batch, input_key, target_key)
-    if num_samples == 0:
-        raise ValueError(
-            "The batch is empty: no sample to select from. Check the sampler, or pass drop_last=True to the loader."
-        )
-    return num_samples
+        return _common_length(batch)
+    return _length_at_keys(batch, input_key, target_key)
 
 
 def describe_targets(batch: Any, target_key: Any) -> str:

@@ -101,7 +101,8 @@ def select_using_gradient_matching(
         input (torch.Tensor): Inputs, one row for each sample.
         target (torch.Tensor): Targets, one row for each sample.
         model (nn.Module): Called on the inputs.
-        loss_fun (Callable): Called as ``loss_fun(outputs, target, reduction='none')``.
+        loss_fun (Callable): Called as ``loss_fun(outputs, target, reduction='none')``; losses of shape (M,), or
+            with further dimensions of positions, over which they are summed.
         keep (float, optional): Fraction of the samples to keep, m = max(1, int(keep·M)). Default: ``0.5``.
         scale_factor (float, optional): Scale for downsampling the inputs of this pass, in (0, 1]. Default: ``1.0``.
         output_layer (str | nn.Module, optional): The output layer; found by itself if None. Default: ``None``.
@@ -130,8 +131,9 @@ def select_using_gradient_matching(
             layer = resolve_output_layer(model, output_layer)
         with OutputLayerTap(layer).open() as tap:
             losses = loss_fun(model(scaled), target, reduction="none")
-            if losses.shape != input.shape[:1]:
+            if losses.shape[:1] != input.shape[:1]:
                 raise ValueError(f"loss_fun must return one loss a sample, got shape {tuple(losses.shape)}.")
+            losses = losses.flatten(1).sum(1) if losses.dim() > 1 else losses
             inputs, grads = tap.inputs_and_grads(losses)
     num_picks = max(1, int(keep * len(input)))
     gram = last_layer_gram(inputs.double(), grads.double(), layer.bias is not None)

@@ -18,7 +18,7 @@ from composer.models import ComposerModel
 
 from composer_gradmatch.batches import count_samples, match_rows, take_samples
 from composer_gradmatch.other_algorithms import activate_training_weights, ghost_batch_size, smallest_microbatch
-from composer_gradmatch.selection_pass import no_trace, unwrap
+from composer_gradmatch.selection_pass import is_sharded, no_trace, unwrap
 from composer_gradmatch.spans import span
 
 __all__ = ["Selection", "SubsetBackprop", "WholeBatch"]
@@ -213,6 +213,9 @@ class SubsetBackprop(Algorithm):
         started = time.perf_counter()
         state.batch = state.device.batch_to_device(state.batch)
         num_samples = count_samples(state.batch, self.input_key, self.target_key)
+        if num_samples == 0:
+            self._train_whole(self._of_nothing(state), logger)
+            return
         num_picks = max(1, int(self.keep * num_samples))
         if self.two_passes:
             activate_training_weights(state, logger)
@@ -231,11 +234,7 @@ class SubsetBackprop(Algorithm):
                 "minibatches are trained whole."
             )
         if isinstance(selection, WholeBatch):
-            self.batches_trained_whole += 1
-            logger.log_metrics({f"{self.log_name}/batches_trained_whole": self.batches_trained_whole})
-            if selection.warning is not None and selection.warning not in self._warned:
-                self._warned.add(selection.warning)
-                warnings.warn(f"{type(self).__name__}: {selection.warning}", stacklevel=2)
+            self._train_whole(selection, logger)
             return
         with span("indexing"):
             state.batch = take_samples(state.batch, selection.indices, num_samples)
@@ -253,6 +252,21 @@ class SubsetBackprop(Algorithm):
             "selection_time": time.perf_counter() - started,
         }
         logger.log_metrics({f"{self.log_name}/{key}": value for key, value in metrics.items()})
+
+    def _train_whole(self, whole: WholeBatch, logger: Logger) -> None:
+        self.batches_trained_whole += 1
+        logger.log_metrics({f"{self.log_name}/batches_trained_whole": self.batches_trained_whole})
+        if whole.warning is not None and whole.warning not in self._warned:
+            self._warned.add(whole.warning)
+            warnings.warn(f"{type(self).__name__}: {whole.warning}", stacklevel=2)
+
+    def _of_nothing(self, state: State) -> WholeBatch:
+        """An empty batch is an error at the start, and later, at the end of a rank's data, the Trainer's to take."""
+        if not self._rehearsed or is_sharded(unwrap(state.model)):
+            raise ValueError(
+                "The batch is empty: no sample to select from. Check the sampler, or pass drop_last=True to the loader."
+            )
+        return WholeBatch("a minibatch is empty: there is no sample to select from. Check the sampler.")
 
     def _too_few_for_ghost_batches(self, state: State, num_picks: int) -> bool:
         return smallest_microbatch(num_picks, state.device_train_microbatch_size) < self._ghost_batch_size

@@ -9,12 +9,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from cases import CONV, loader, make_trainer, record_selections
+from composer import DataSpec
 from composer.utils import dist, get_device
 
 from composer_gradmatch import GradMatch, select_first
 
 if __name__ == "__main__":
-    folder, microbatch_size = Path(sys.argv[1]), int(sys.argv[2])
+    folder, microbatch_size, shorter = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     dist.initialize_dist(get_device("cpu"))
     dataset = CONV.data(24)
     if dist.get_global_rank() == 0:
@@ -24,9 +25,13 @@ if __name__ == "__main__":
     model = CONV.model()
     algorithm = GradMatch(start=0.0, end=1.0, keep=0.5, interrupt=0)
     seen = record_selections(algorithm)
+    train = loader(dataset, 12)
+    if shorter and dist.get_global_rank() == 1:
+        # As at the end of a rank's data.
+        train = DataSpec([tuple(tensor[:shorter] for tensor in next(iter(train)))])
     trainer = make_trainer(
         model,
-        loader(dataset, 12),
+        train,
         [algorithm],
         algorithm_passes=[select_first],
         device_train_microbatch_size=microbatch_size,

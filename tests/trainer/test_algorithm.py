@@ -399,6 +399,31 @@ def test_bad_batches_are_refused(algorithm_class, batch, message):
         trainer.fit()
 
 
+@pytest.mark.parametrize("algorithm_class", ALL)
+def test_an_empty_batch_after_the_first_is_left_to_the_trainer_and_warned_of(algorithm_class):
+    inputs, targets = MLP.data(8).tensors
+    batches = [(inputs, targets), (inputs[:0], targets[:0]), (inputs, targets)]
+
+    class Sums(ComposerClassifier):
+        def loss(self, outputs, batch, *args, reduction="mean", **kwargs):
+            # A mean over nothing would be NaN, with or without selection.
+            return F.cross_entropy(outputs, batch[1], reduction="none" if reduction == "none" else "sum")
+
+        def get_metrics(self, is_train=False):
+            return {}  # Torchmetrics' accuracy cannot take an empty batch.
+
+    from composer import DataSpec
+
+    spec = DataSpec(batches, get_num_samples_in_batch=lambda batch: max(1, len(batch[0])))
+    algorithm = algorithm_class(keep=0.5, **ON)
+    model = Sums(MLP.module(), num_classes=5)
+    trainer = make_trainer(model, spec, [algorithm], device_train_microbatch_size=8, max_duration="3ba", lr=0.01)
+    with pytest.warns(UserWarning, match="a minibatch is empty"):
+        trainer.fit()
+    assert algorithm.batches_trained_whole == 1
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 def test_two_selecting_algorithms_at_once_are_refused():
     with pytest.raises(ValueError, match="would both select"):
         fit([GradMatch(**ON), SelectiveBackprop()])
