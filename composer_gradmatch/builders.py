@@ -90,6 +90,8 @@ _DATA: dict[str, Factory] = {
     "cifar100": data.cifar100,
     "digits": data.digits,
     "imagenet32": data.imagenet32,
+    "imdb": data.imdb,
+    "imdb25k": data.imdb25k,
     "mnist5k": data.mnist5k,
     "svhn": data.svhn,
     "synthetic": data.synthetic,
@@ -107,6 +109,7 @@ _LOGGERS: dict[str, Factory] = {
 }
 
 _MODELS: dict[str, Factory] = {
+    "bert": models.bert,
     "digits_cnn": models.digits_cnn,
     "mnist_cnn": models.mnist_cnn,
     "resnet18_cifar": models.resnet18_cifar,
@@ -244,11 +247,11 @@ def build_named(kind: str, section: dict[str, Any], *args: Any) -> Any:
     """Builds what a checked section ``{name: ..., arguments ...}`` describes.
 
     Raises:
-        ConfigError: If what it names needs a package that is not installed, or refuses a value.
+        ConfigError: If what it names needs a package or a file that is not there, or refuses a value.
     """
     try:
         return resolve(kind, section["name"])(*args, **{k: v for k, v in section.items() if k != "name"})
-    except (ImportError, ValueError) as error:
+    except (OSError, ImportError, ValueError) as error:
         raise ConfigError(f"{kind} {section['name']}: {error}") from error
 
 

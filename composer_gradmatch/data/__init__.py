@@ -3,6 +3,8 @@
 from composer_gradmatch.data.cifar import cifar10, cifar100
 from composer_gradmatch.data.digits import digits
 from composer_gradmatch.data.imagenet32 import imagenet32
+from composer_gradmatch.data.imdb import imdb
+from composer_gradmatch.data.imdb25k import imdb25k
 from composer_gradmatch.data.label_noise import NoisyLabels
 from composer_gradmatch.data.mnist5k import mnist5k
 from composer_gradmatch.data.svhn import svhn
@@ -15,12 +17,14 @@ __all__ = [
     "cifar100",
     "digits",
     "imagenet32",
+    "imdb",
+    "imdb25k",
     "mnist5k",
     "svhn",
     "synthetic",
 ]
 
-#: Data set → shape of a sample's input, number of classes.
+#: Image data set → shape of a sample's input, number of classes.
 SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
     "cifar10": ((3, 32, 32), 10),
     "cifar100": ((3, 32, 32), 100),

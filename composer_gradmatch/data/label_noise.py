@@ -19,11 +19,12 @@ class NoisyLabels(Dataset):
     are noisy depends on the seed (and N) alone; those of a smaller fraction are among those of a larger one.
 
     Args:
-        dataset (Dataset): Samples (input, label); map-style. Its labels are taken from its ``targets`` or
+        dataset (Dataset): Samples (input, label) or dicts; map-style. Its labels are taken from its ``targets`` or
             ``labels`` if it has them, else each of its samples is read once.
         fraction (float): The share of noisy samples, in [0, 1].
         seed (int): Of the draws.
-        target_key (int | str, optional): Where a sample has its label. Default: ``1``.
+        target_key (int | str, optional): Where a sample has its label. None means ``"labels"`` of a dict and 1 of
+            anything else. Default: ``None``.
 
     Attributes:
         noisy_indices (np.ndarray): The noisy samples, int64, in increasing order.
@@ -32,7 +33,7 @@ class NoisyLabels(Dataset):
         ValueError: If ``fraction`` is out of range or labels are not one integer a sample.
     """
 
-    def __init__(self, dataset: Any, fraction: float, seed: int, target_key: int | str = 1) -> None:
+    def __init__(self, dataset: Any, fraction: float, seed: int, target_key: int | str | None = None) -> None:
         if not 0 <= fraction <= 1:
             raise ValueError(f"label_noise.fraction must be in [0, 1], the share of noisy labels; got {fraction}.")
         labels = _labels(dataset, target_key)
@@ -51,19 +52,39 @@ class NoisyLabels(Dataset):
         sample = self.dataset[index]
         if (label := self._noisy.get(int(index))) is None:
             return sample
-        old: Any = batch_get(sample, self.target_key)
+        old = _label(sample, self.target_key)
         new = torch.full_like(old, label) if isinstance(old, torch.Tensor) else type(old)(label)
-        return batch_set(sample, self.target_key, new)
+        # A dict would be changed in place, and with it, perhaps, what the data set holds.
+        own = dict(sample) if isinstance(sample, dict) else sample
+        return batch_set(own, _key(sample, self.target_key), new)
 
 
-def _labels(dataset: Any, target_key: int | str) -> np.ndarray:
+def _key(sample: Any, target_key: int | str | None) -> int | str:
+    if target_key is not None:
+        return target_key
+    return "labels" if isinstance(sample, dict) else 1
+
+
+def _label(sample: Any, target_key: int | str | None) -> Any:
+    key = _key(sample, target_key)
+    try:
+        return batch_get(sample, key)
+    except (LookupError, TypeError, AttributeError) as error:
+        held = f"a dict of {', '.join(map(str, sample))}" if isinstance(sample, dict) else type(sample).__name__
+        raise ValueError(
+            f"label_noise finds no label {key!r} in a sample ({held}). Set label_noise.target_key to where a sample "
+            "has its label."
+        ) from error
+
+
+def _labels(dataset: Any, target_key: int | str | None) -> np.ndarray:
     found: Any
-    if isinstance(dataset, TensorDataset) and isinstance(target_key, int):
-        found = dataset.tensors[target_key]
+    if isinstance(dataset, TensorDataset) and not isinstance(target_key, str):
+        found = dataset.tensors[1 if target_key is None else target_key]
     else:
         found = getattr(dataset, "targets", getattr(dataset, "labels", None))
         if found is None:
-            found = [batch_get(dataset[i], target_key) for i in range(len(dataset))]
+            found = [_label(dataset[i], target_key) for i in range(len(dataset))]
     labels = np.asarray(found)
     if labels.shape != (len(dataset),) or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(
