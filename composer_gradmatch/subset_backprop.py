@@ -224,7 +224,10 @@ class SubsetBackprop(Algorithm):
             with no_trace(unwrap(state.model)):
                 self._rehearse(state, num_samples, num_picks)
             self._rehearsed = True
-        if not self._is_scheduled(state) or num_picks == num_samples:
+        if not self._is_scheduled(state):
+            return
+        # A single sample needs no selection, but a sharded model needs all ranks in each forward pass.
+        if num_picks == num_samples and not is_sharded(unwrap(state.model)):
             return
 
         selection = self._select(state, num_samples, num_picks)

@@ -29,8 +29,9 @@ if __name__ == "__main__":
     # Composer's own FSDP needs a GPU; its Trainer would wrap a model that it has not sharded itself in DDP.
     composer_trainer.prepare_ddp_module = lambda module, *args: module
 
-    batch = tuple(tensor[:12] if rank == 0 else tensor[12:19] for tensor in CONV.data(24).tensors)
-    # In microbatches of at most 4 that is three forward passes on rank 0, but two on rank 1.
+    rows = slice(0, 12) if rank == 0 else slice(12, 12 + int(sys.argv[3]))
+    batch = tuple(tensor[rows] for tensor in CONV.data(24).tensors)
+    # In microbatches of at most 4 that is three forward passes on rank 0, but fewer on rank 1.
     picks = (batch, torch.arange(len(batch[0])), None)
     algorithms, seen = [], []
     if algorithm_name != "full":

@@ -15,10 +15,11 @@ from oracles import reference_selection, weighted_gradient
 LAUNCHER = [str(Path(sys.executable).with_name("composer")), "-n", "2"]
 
 
-def step_of_two_ranks(folder, algorithm):
+def step_of_two_ranks(folder, algorithm, second):
+    """Rank 0 has 12 samples, rank 1 ``second``."""
     worker = Path(__file__).with_name("sharded_worker.py")
     done = subprocess.run(
-        [*LAUNCHER, str(worker), str(folder), algorithm],
+        [*LAUNCHER, str(worker), str(folder), algorithm, str(second)],
         capture_output=True,
         text=True,
         timeout=200,
@@ -49,16 +50,16 @@ def steps_over_gradients(ranks):
 @pytest.fixture(scope="module")
 def full_step(tmp_path_factory):
     """How long a step is without selection: on gloo, torch 2.7 adds up the ranks' gradients, where NCCL averages."""
-    steps, gradient = steps_over_gradients(step_of_two_ranks(tmp_path_factory.mktemp("full"), "full"))
+    steps, gradient = steps_over_gradients(step_of_two_ranks(tmp_path_factory.mktemp("full"), "full", 7))
     factor = steps[0].norm() / gradient.norm()
     assert min((factor - 0.1).abs(), (factor - 0.2).abs()) < 1e-4
     return factor
 
 
-@pytest.mark.parametrize("algorithm", ["gradmatch", "loss_backprop"])
-def test_a_sharded_step_is_the_weighted_mean_over_both_ranks_picks(tmp_path, algorithm, full_step):
-    ranks = step_of_two_ranks(tmp_path, algorithm)
-    assert [len(rank["batch"][0]) for rank in ranks] == [12, 7]
+@pytest.mark.parametrize(("algorithm", "second"), [("gradmatch", 7), ("loss_backprop", 7), ("gradmatch", 1)])
+def test_a_sharded_step_is_the_weighted_mean_over_both_ranks_picks(tmp_path, algorithm, second, full_step):
+    ranks = step_of_two_ranks(tmp_path, algorithm, second)
+    assert [len(rank["batch"][0]) for rank in ranks] == [12, second]
     if algorithm == "gradmatch":
         for rank in ranks:
             picks, expected = reference_selection(CONV.model().module, CONV.layer, *rank["batch"], 0.5)
