@@ -75,6 +75,15 @@ def _full_line(axes: Axes, full: Table) -> None:
         axes.axhspan(full.min(), full.max(), color=_COLOURS["full"], alpha=0.12, linewidth=0)
 
 
+def _legend_below(figure: Figure, panels: list[Axes]) -> None:
+    """One legend for all panels, off the data."""
+    handles, labels = panels[0].get_legend_handles_labels()
+    for axes in panels:
+        if legend := axes.get_legend():
+            legend.remove()
+    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=len(labels))
+
+
 def draw_accuracy(data: Table, path: Path, title: str) -> None:
     """Figures 1, 2 and 4: test accuracy over keep, best over epochs and of the last one."""
     figure, panels = _start(2, sharey=True)
@@ -90,7 +99,7 @@ def draw_accuracy(data: Table, path: Path, title: str) -> None:
             axes.set_xscale("log")
             _log_ticks(axes.xaxis, rest["keep"])
         axes.set(xlabel="keep (fraction of the minibatch)", ylabel="test accuracy", title=label)
-        axes.legend(title=None, loc="lower right")
+    _legend_below(figure, panels)
     figure.suptitle(f"{title}\n{_BAND}", fontsize=10)
     _save(figure, path)
 
@@ -108,7 +117,7 @@ def draw_accuracy_over_cost(data: Table, path: Path, title: str) -> None:
             axes.plot(1.0, full[column].mean(), marker="X", markersize=9, color=_COLOURS["full"], linestyle="none")
             axes.annotate("full", (1.0, full[column].mean()), (0, -12), textcoords="offset points", ha="center")
         axes.set(xlabel="measured time, share of the full batch's", ylabel="test accuracy", title=label)
-        axes.legend(title=None, loc="lower right")
+    _legend_below(figure, panels)
     figure.suptitle(f"{title}\n{_BAND}", fontsize=10)
     _save(figure, path)
 
@@ -129,7 +138,7 @@ def draw_learning_rates(data: Table, path: Path, title: str) -> None:
         _log_ticks(axes.xaxis, data["factor"].round(2))
         axes.tick_params(axis="x", labelsize=7)
         axes.set(xlabel="learning-rate factor β (epochs: T/β)", ylabel="best test accuracy", title=f"keep {keep:g}")
-        axes.legend(title=None)
+    _legend_below(figure, panels)
     figure.suptitle(f"{title}\n{_BAND}", fontsize=10)
     _save(figure, path)
 
