@@ -42,8 +42,8 @@ def with_synthetic_data(config: dict[str, Any]) -> dict[str, Any]:
     if name not in SHAPES:
         raise ConfigError(
             f"--synthetic: the shape of the data set {name!r} is not known (known: {', '.join(SHAPES)}). "
-            "Give it: train_loader.name=synthetic "
-            "train_loader.dataset='{input_shape: [3, 32, 32], num_classes: 10}'"
+            "For images, give it: train_loader.name=synthetic "
+            "train_loader.dataset='{input_shape: [3, 32, 32], num_classes: 10}'; texts are timed with their data."
         )
     shape, num_classes = SHAPES[name]
     samples = max(1024, 2 * config["global_train_batch_size"])

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from composer.core import Time
+from composer.models import HuggingFaceModel
 
-from composer_gradmatch.builders import build_algorithms, build_loader
+from composer_gradmatch.builders import build_algorithms, build_loader, build_named
 from composer_gradmatch.config import ConfigError
 from composer_gradmatch.studies.configs import learning_rate, quiet, with_label_noise
 from composer_gradmatch.studies.step_time import step_time_run
@@ -49,10 +50,21 @@ def check_study(config: dict[str, Any], runs: Sequence[Run]) -> None:
             raise ConfigError(f"{run.key}: {error}") from error
         batch_sizes[run.config["global_train_batch_size"]] = run.config["train_loader"]
         eval_loader = run.config.get("eval_loader")
+    if any(map(_uses_composers, runs)) and isinstance(build_named("model", config["model"]), HuggingFaceModel):
+        raise ConfigError(
+            "--strategies: Composer's SelectiveBackprop takes no HuggingFace model (its batches are no pairs, its loss "
+            "no function). Leave selective_backprop out; loss samples as it does: --strategies full random loss "
+            "gradmatch."
+        )
     for batch_size, section in batch_sizes.items():
         build_loader(section, batch_size, "train_loader")
     if eval_loader:
         build_loader(eval_loader, 1, "eval_loader")
+
+
+def _uses_composers(run: Run) -> bool:
+    variants = [variant[0] for variant in run.options.get("variants", [])]
+    return "selective_backprop" in [*variants, *(run.config.get("algorithms") or {})]
 
 
 def _scaled(config: dict[str, Any], keep: float, batch_size: str) -> dict[str, Any]:

@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from cases import CONV
+from launching import run_on_two_ranks
 from oracles import reference_selection, weighted_gradient
 
-LAUNCHER = [str(Path(sys.executable).with_name("composer")), "-n", "2"]
-
-
-def step_of_two_ranks(folder, algorithm, second):
-    """Rank 0 has 12 samples, rank 1 ``second``."""
-    worker = Path(__file__).with_name("sharded_worker.py")
-    done = subprocess.run(
-        [*LAUNCHER, str(worker), str(folder), algorithm, str(second)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+WORKER = "sharded_worker.py"
 
 
 def steps_over_gradients(ranks):
@@ -50,7 +31,7 @@ def steps_over_gradients(ranks):
 @pytest.fixture(scope="module")
 def full_step(tmp_path_factory):
     """How long a step is without selection: on gloo, torch 2.7 adds up the ranks' gradients, where NCCL averages."""
-    steps, gradient = steps_over_gradients(step_of_two_ranks(tmp_path_factory.mktemp("full"), "full", 7))
+    steps, gradient = steps_over_gradients(run_on_two_ranks(WORKER, tmp_path_factory.mktemp("full"), "full", 7))
     factor = steps[0].norm() / gradient.norm()
     assert min((factor - 0.1).abs(), (factor - 0.2).abs()) < 1e-4
     return factor
@@ -58,7 +39,7 @@ def full_step(tmp_path_factory):
 
 @pytest.mark.parametrize(("algorithm", "second"), [("gradmatch", 7), ("loss_backprop", 7), ("gradmatch", 1)])
 def test_a_sharded_step_is_the_weighted_mean_over_both_ranks_picks(tmp_path, algorithm, second, full_step):
-    ranks = step_of_two_ranks(tmp_path, algorithm, second)
+    ranks = run_on_two_ranks(WORKER, tmp_path, algorithm, second)
     assert [len(rank["batch"][0]) for rank in ranks] == [12, second]
     if algorithm == "gradmatch":
         for rank in ranks:

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # Workers are given this path, t
 from tasks_for_workers import behave
 
 DIGITS = str(Path(__file__).resolve().parents[2] / "configs" / "digits.yaml")
+MINILM = str(Path(DIGITS).with_name("imdb_minilm.yaml"))
 CIFAR = str(Path(DIGITS).with_name("cifar10_resnet18.yaml"))
 
 
@@ -108,6 +109,9 @@ def test_different_settings_have_different_files():
         (["accuracy", "configs/none.yaml"], "There is no config file"),
         (["accuracy", CIFAR], "train_loader: The data set is not at data/cifar-10-batches-py"),
         (["gradient-error", DIGITS, "--checkpoint", "none.pt"], "--checkpoint: there is no file none.pt"),
+        (["step-time", MINILM], "Composer's SelectiveBackprop takes no HuggingFace model"),
+        (["accuracy", MINILM, "--strategies", "selective_backprop"], "Leave selective_backprop out"),
+        (["step-time", MINILM, "--synthetic"], "texts are timed with their data"),
     ],
 )
 def test_what_cannot_be_run_is_told_before_any_work(arguments, expected, tmp_path, capsys):
