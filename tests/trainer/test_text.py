@@ -221,6 +221,31 @@ def test_a_loss_fn_is_asked_before_the_models_own_loss():
     assert set(asked) == {M, M // 2}
 
 
+def test_a_models_own_unreduced_loss_is_asked_before_its_logits_are():
+    class Doubles(HuggingFaceModel):
+        def loss(self, outputs, batch, reduction="mean"):
+            return 2 * torch.nn.functional.cross_entropy(outputs["logits"], batch["labels"], reduction=reduction)
+
+    model, batch = Doubles(CLASSIFICATION.module()), CLASSIFICATION.batch(M)
+    outputs = model(batch)
+    expected = 2 * torch.nn.functional.cross_entropy(outputs["logits"], batch["labels"], reduction="none")
+    torch.testing.assert_close(per_sample_losses(model, outputs, batch, M), expected)
+
+
+def test_a_wholly_masked_sample_is_not_picked_and_a_wholly_masked_batch_is_trained_whole():
+    first, second = TOKENS.batch(8, 0), TOKENS.batch(8, 1)
+    first["labels"][2:6] = -100
+    second["labels"][:] = -100
+    spec = DataSpec([first, second], get_num_samples_in_batch=lambda batch: len(batch["labels"]))
+    algorithm = GradMatch(keep=0.5, **ON)
+    seen = record_selections(algorithm)
+    model = TOKENS.model()
+    make_trainer(model, spec, [algorithm], device_train_microbatch_size=8, max_duration="2ba").fit()
+    assert set(seen[0][1].indices.tolist()) <= {0, 1, 6, 7}
+    assert algorithm.batches_trained_whole == 1
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 def test_a_loss_fn_of_the_wrong_shape_is_told():
     algorithm = GradMatch(loss_fn=lambda outputs, batch: outputs["logits"])
     with pytest.raises(ValueError, match=r"loss_fn must return a tensor of shape \(12,\).*got \(12, 3\)"):
