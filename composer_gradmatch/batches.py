@@ -72,7 +72,11 @@ def describe_targets(batch: Any, target_key: Any) -> str:
     """The targets' key, shape and range, for an error message."""
     if isinstance(batch, Mapping) and target_key == 1 and 1 not in batch and "labels" in batch:
         target_key = "labels"
-    leaves = [leaf for leaf in tensor_leaves(get_item(batch, target_key, "target_key")) if leaf.numel()]
+    try:
+        targets = get_item(batch, target_key, "target_key")
+    except ValueError:
+        return "not found; pass target_key to see them here"
+    leaves = [leaf for leaf in tensor_leaves(targets) if leaf.numel()]
     shown = [f"{_describe(leaf)} with values from {leaf.min().item()} to {leaf.max().item()}" for leaf in leaves]
     return f"batch[{target_key!r}], {', '.join(shown)}"
 

@@ -12,7 +12,7 @@ from composer.core import Algorithm, Event, Precision, State
 from composer.loggers import Logger
 from torch import nn
 
-from composer_gradmatch.batches import count_samples, tensor_leaves
+from composer_gradmatch.batches import count_samples, take_samples, tensor_leaves
 from composer_gradmatch.last_layer import (
     OutputLayerTap,
     find_output_layer,
@@ -303,21 +303,23 @@ class GradMatch(TwoPassBackprop):
             if self.output_layer is not None:
                 self._layer = resolve_output_layer(model, self.output_layer)
             else:
-                batch, _, _ = next(self._microbatches(state, *self._first(state)))
+                batch, _ = self._few(state)
                 with no_trace(model), self._precision(state):
                     self._layer = observe_output_layer(model, scale_inputs(batch, self.input_key, self.scale_factor))
         return self._layer
 
-    def _first(self, state: State) -> tuple[int, int]:
+    def _few(self, state: State) -> tuple[Any, int]:
+        """Some samples of the batch, for what takes more memory than selection does, and their number."""
         num_samples = count_samples(state.batch, self.input_key, self.target_key)
-        return num_samples, self._selection_size(state, num_samples)
+        few = min(self._selection_size(state, num_samples), max(8, self._ghost_batch_size))
+        return take_samples(state.batch, slice(few), num_samples), few
 
     def _rehearse(self, state: State, num_samples: int, num_picks: int) -> None:
         """Also shows that the weighted loss is the model's own one, its samples weighted."""
         super()._rehearse(state, num_samples, num_picks)
         self._match(state, num_samples, num_picks)
         model = unwrap(state.model)
-        batch, n, _ = next(self._microbatches(state, *self._first(state)))
+        batch, n = self._few(state)
         with OutputLayerTap(self._output_layer(state)).open() as tap:
             outputs, losses = self._forward(state, batch, n)
             with self._precision(state):

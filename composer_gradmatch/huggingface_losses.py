@@ -117,8 +117,11 @@ def _criterion(model: Any) -> nn.CrossEntropyLoss:
 
 
 def _num_classes(model: Any) -> int:
+    """C, of a language model's head or of a classifier; 0 if it cannot be told."""
     head = model.model.get_output_embeddings() if hasattr(model.model, "get_output_embeddings") else None
-    return head.out_features if isinstance(head, nn.Linear) else model.config.num_labels
+    if isinstance(head, nn.Linear):
+        return head.out_features
+    return 0 if head is not None else getattr(model.model, "num_labels", 0)
 
 
 def _problem_type(model: Any, logits: torch.Tensor, labels: torch.Tensor) -> str:

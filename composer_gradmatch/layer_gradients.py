@@ -50,6 +50,8 @@ class LayerGradients:
             num_samples (int): M, the number of samples in all.
         """
         finite = bool(inputs.isfinite().all() and grads.isfinite().all())
+        if inputs.untyped_storage().nbytes() > inputs.nbytes:
+            inputs = inputs.clone()  # A view (of the first position, say) keeps all of the backbone's output.
         if inputs.dim() == 2:
             return cls(inputs, grads, None, finite)
         kept = grads.flatten(1, -2).ne(0).any(-1)
@@ -59,7 +61,10 @@ class LayerGradients:
         compact = None
         if finite and _is_whole(layer) and rows.nbytes * num_samples / len(inputs) > STORED_BYTES:
             compact = SoftmaxGrads.recognise(keep(outputs), rows)
-        return cls(keep(inputs), rows if compact is None else compact, counts, finite)
+        if compact is not None:
+            # In the precision that autocast ran the layer in, so that its outputs come out the same again.
+            return cls(keep(inputs).to(outputs.dtype), compact, counts, finite)
+        return cls(keep(inputs), rows, counts, finite)
 
 
 def _is_whole(layer: nn.Linear) -> bool:

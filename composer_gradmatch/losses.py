@@ -148,8 +148,8 @@ def check_unit_weights(losses: torch.Tensor, own_loss: Any, leaf: torch.Tensor) 
     if not (own_grad.isfinite().all() and unit_grad.isfinite().all()):
         return  # Says nothing about the functions; such a batch is trained whole.
     tolerance = 1e-4 if leaf.dtype in (torch.float32, torch.float64) else 1e-2
-    norm = own_grad.norm(dtype=torch.float32)
-    error = (own_grad - unit_grad).norm(dtype=torch.float32)
+    wide = torch.promote_types(own_grad.dtype, torch.float32)
+    norm, error = own_grad.norm(dtype=wide), (own_grad - unit_grad).norm(dtype=wide)
     if error > tolerance * norm:
         raise ValueError(
             "The per-sample losses do not add up to the model's own loss: with all weights one, the gradient at the "

@@ -30,11 +30,13 @@ class SoftmaxGrads:
         logsumexp (torch.Tensor): Of zₙ, shape (N,), float32 or better.
         labels (torch.Tensor): int64, shape (N,).
         scales (torch.Tensor): Shape (N,).
+        rest (torch.Tensor): 1 − softmax(zₙ)[labelₙ], from the other classes, shape (N,).
     """
 
     logsumexp: torch.Tensor
     labels: torch.Tensor
     scales: torch.Tensor
+    rest: torch.Tensor
 
     @classmethod
     def recognise(cls, logits: torch.Tensor, grads: torch.Tensor) -> SoftmaxGrads | None:
@@ -53,12 +55,12 @@ class SoftmaxGrads:
             others = p.sum(1, dtype=wide) - p.gather(1, labels[:, None])[:, 0]
             scales = torch.where(rest > 0, others / rest, 0.0)
             probabilities.scatter_(1, labels[:, None], -rest[:, None])
-            difference = probabilities.mul_(scales[:, None]).sub_(p).norm()
+            difference = probabilities.mul_(scales[:, None]).sub_(p).norm(dim=1)
             # A probability that rounds to one leaves an error of its own size, not of the gradient's.
-            rounding = 4 * torch.finfo(wide).eps * scales.norm()
-            if not difference <= tolerance * p.norm(dtype=wide) + rounding:
+            rounding = 4 * torch.finfo(wide).eps * scales
+            if not ((scales >= 0) & (difference <= tolerance * p.to(wide).norm(dim=1) + rounding)).all():
                 return None
-            parts.append((logsumexp, labels, scales))
+            parts.append((logsumexp, labels, scales, rest))
         if not parts:
             return None
         return cls(*(torch.cat(part) for part in zip(*parts, strict=True)))
@@ -71,7 +73,7 @@ class SoftmaxGrads:
         logits = F.linear(inputs, weight[start:stop].to(inputs), None if bias is None else bias[start:stop].to(inputs))
         p = (logits.to(wide) - self.logsumexp[:, None]).exp_()
         rows = torch.nonzero((self.labels >= start) & (self.labels < stop))[:, 0]
-        p[rows, self.labels[rows] - start] -= 1
+        p[rows, self.labels[rows] - start] = -self.rest[rows]
         return p.mul_(self.scales[:, None])
 
 

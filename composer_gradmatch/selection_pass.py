@@ -16,12 +16,12 @@ from composer.utils import dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
-from composer_gradmatch.batches import copy_structure
+from composer_gradmatch.batches import copy_structure, get_item
 
 __all__ = [
     "check_scale_factor",
-    "is_sharded",
     "largest_on_all_ranks",
+    "needs_all_ranks",
     "no_trace",
     "precision_context",
     "scale_inputs",
@@ -64,13 +64,14 @@ def no_trace(model: nn.Module) -> Iterator[None]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside ``DistributedDataParallel``: a selection pass needs no communication between ranks."""
+    """The model inside ``DistributedDataParallel``, whose own work a selection pass does not need."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether ranks must make a model's forward passes together, since each holds a part of its parameters."""
-    return any(isinstance(module, FullyShardedDataParallel | FSDPModule) for module in model.modules())
+def needs_all_ranks(model: nn.Module) -> bool:
+    """Whether ranks must make a model's forward passes together: FSDP's parameters, SyncBatchNorm's statistics."""
+    together = (FullyShardedDataParallel, FSDPModule, nn.SyncBatchNorm)
+    return dist.get_world_size() > 1 and any(isinstance(module, together) for module in model.modules())
 
 
 def largest_on_all_ranks(number: int, device: Device) -> int:
@@ -81,20 +82,25 @@ def largest_on_all_ranks(number: int, device: Device) -> int:
 
 
 @contextmanager
-def precision_context(precision: Precision, device: Device) -> Iterator[None]:
+def precision_context(
+    precision: Precision, device: Device, precision_config: dict[str, Any] | None = None
+) -> Iterator[None]:
     """Composer's context for a precision; on the CPU, where that has no mixed precision, torch's own autocast.
 
     Args:
         precision (Precision): The precision.
         device (Device): The device.
+        precision_config (dict[str, Any], optional): Composer's, for FP8. Default: ``None``.
 
     Raises:
         ValueError: If the device does not have it.
     """
     dtypes = {Precision.AMP_BF16: torch.bfloat16, Precision.AMP_FP16: torch.float16}
-    if device.name != "cpu":
-        with get_precision_context(precision):
+    if device.name == "gpu":
+        with get_precision_context(precision, precision_config):
             yield
+    elif device.name != "cpu":
+        raise ValueError(f"selection_precision is for GPUs and CPUs; on {device.name!r} leave it at None.")
     elif precision == Precision.AMP_FP8:
         raise ValueError("selection_precision='amp_fp8' needs a GPU; on the CPU use 'amp_bf16'.")
     else:
@@ -127,11 +133,11 @@ def scale_inputs(batch: Any, input_key: Any, scale_factor: float) -> Any:
     Raises:
         ValueError: If the inputs are not float tensors (M, channels, size[, size[, size]]), or shrink to nothing.
     """
-    from composer.utils.batch_helpers import batch_get, batch_set
+    from composer.utils.batch_helpers import batch_set
 
     if scale_factor == 1:
         return batch
-    inputs = batch_get(batch, input_key)
+    inputs = get_item(batch, input_key, "input_key")
     if not isinstance(inputs, torch.Tensor) or inputs.dim() not in _INTERPOLATION or not inputs.is_floating_point():
         got = f"{inputs.dtype}, shape {tuple(inputs.shape)}" if isinstance(inputs, torch.Tensor) else type(inputs)
         raise ValueError(

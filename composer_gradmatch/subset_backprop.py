@@ -18,7 +18,7 @@ from composer.models import ComposerModel
 
 from composer_gradmatch.batches import count_samples, match_rows, take_samples
 from composer_gradmatch.other_algorithms import activate_training_weights, ghost_batch_size, smallest_microbatch
-from composer_gradmatch.selection_pass import is_sharded, no_trace, unwrap
+from composer_gradmatch.selection_pass import largest_on_all_ranks, needs_all_ranks, no_trace, unwrap
 from composer_gradmatch.spans import span
 
 __all__ = ["Selection", "SubsetBackprop", "WholeBatch"]
@@ -226,8 +226,8 @@ class SubsetBackprop(Algorithm):
             self._rehearsed = True
         if not self._is_scheduled(state):
             return
-        # A single sample needs no selection, but a sharded model needs all ranks in each forward pass.
-        if num_picks == num_samples and not is_sharded(unwrap(state.model)):
+        # A single sample needs no selection, but a model may need all ranks in each forward pass.
+        if num_picks == num_samples and not needs_all_ranks(unwrap(state.model)):
             return
 
         selection = self._select(state, num_samples, num_picks)
@@ -236,6 +236,14 @@ class SubsetBackprop(Algorithm):
                 "some picks make a microbatch of fewer samples than GhostBatchNorm's ghost_batch_size; their "
                 "minibatches are trained whole."
             )
+        if needs_all_ranks(unwrap(state.model)):
+            n = len(selection.indices) if isinstance(selection, Selection) else num_samples
+            if not self._same_on_all_ranks(state, n):
+                selection = WholeBatch(
+                    "ranks picked numbers of samples that make different numbers of microbatches, and the model's "
+                    "forward passes are ones of all ranks; their minibatches are trained whole. Choose a "
+                    "device_train_microbatch_size of at least keep times the minibatch."
+                )
         if isinstance(selection, WholeBatch):
             self._train_whole(selection, logger)
             return
@@ -256,6 +264,12 @@ class SubsetBackprop(Algorithm):
         }
         logger.log_metrics({f"{self.log_name}/{key}": value for key, value in metrics.items()})
 
+    def _same_on_all_ranks(self, state: State, num_samples: int) -> bool:
+        """Whether a batch of ``num_samples`` here makes as many microbatches as the other ranks' batches there."""
+        size = max(1, int(state.device_train_microbatch_size or num_samples))
+        passes = -(-num_samples // size)
+        return largest_on_all_ranks(passes, state.device) == -largest_on_all_ranks(-passes, state.device)
+
     def _train_whole(self, whole: WholeBatch, logger: Logger) -> None:
         self.batches_trained_whole += 1
         logger.log_metrics({f"{self.log_name}/batches_trained_whole": self.batches_trained_whole})
@@ -265,7 +279,7 @@ class SubsetBackprop(Algorithm):
 
     def _of_nothing(self, state: State) -> WholeBatch:
         """An empty batch is an error at the start, and later, at the end of a rank's data, the Trainer's to take."""
-        if not self._rehearsed or is_sharded(unwrap(state.model)):
+        if not self._rehearsed or needs_all_ranks(unwrap(state.model)):
             raise ValueError(
                 "The batch is empty: no sample to select from. Check the sampler, or pass drop_last=True to the loader."
             )

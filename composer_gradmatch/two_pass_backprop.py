@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar, cast
 
@@ -14,8 +14,8 @@ from composer_gradmatch.batches import describe_targets, take_samples
 from composer_gradmatch.losses import LossFn, check_batch, check_losses, per_sample_losses, weighted_loss
 from composer_gradmatch.selection_pass import (
     check_scale_factor,
-    is_sharded,
     largest_on_all_ranks,
+    needs_all_ranks,
     precision_context,
     scale_inputs,
     unwrap,
@@ -112,7 +112,7 @@ class TwoPassBackprop(SubsetBackprop):
         """The precision of the selection pass."""
         if self.selection_precision is None:
             return get_precision_context(state.precision, state.precision_config)
-        return precision_context(self.selection_precision, state.device)
+        return precision_context(self.selection_precision, state.device, state.precision_config)
 
     def _selection_size(self, state: State, num_samples: int) -> int:
         size = self.selection_microbatch_size
@@ -135,7 +135,7 @@ class TwoPassBackprop(SubsetBackprop):
                 parts = self._microbatches(state, num_samples, size)
                 visited = [(visit(part, n), counts) for part, n, counts in parts]
             except torch.OutOfMemoryError as error:
-                if not automatic or size == 1 or is_sharded(unwrap(state.model)):
+                if not automatic or size == 1 or needs_all_ranks(unwrap(state.model)):
                     raise RuntimeError(
                         f"Memory ran out in the selection pass of {type(self).__name__}, with {size} samples at a "
                         "time. Lower selection_microbatch_size, or set it to 'auto' (not under FSDP)."
@@ -150,15 +150,14 @@ class TwoPassBackprop(SubsetBackprop):
     def _microbatches(state: State, num_samples: int, size: int) -> Iterator[tuple[Any, int, bool]]:
         """Parts of the batch, their numbers of samples, and whether they count.
 
-        As few as ``size`` allows, and as even, for layers that dislike a small rest. Sharded models' parameters are
-        gathered in each forward pass, so all ranks make the same number of them.
+        As few as ``size`` allows, and as even, for layers that dislike a small rest. Where a forward pass is
+        one of all ranks (FSDP gathers parameters in it), all make the same number of them.
         """
         passes = -(-num_samples // size)
-        if is_sharded(unwrap(state.model)):
+        if needs_all_ranks(unwrap(state.model)):
             passes = largest_on_all_ranks(passes, state.device)
-        size = -(-num_samples // passes)
         for i in range(passes):
-            begin, end = i * size, min((i + 1) * size, num_samples)
+            begin, end = i * num_samples // passes, (i + 1) * num_samples // passes
             counts = begin < end
             rows = slice(begin, end) if counts else slice(0, 1)
             yield take_samples(state.batch, rows, num_samples), (end - begin) if counts else 1, counts
@@ -171,7 +170,7 @@ class TwoPassBackprop(SubsetBackprop):
             try:
                 outputs = model(batch)
             except RuntimeError as error:
-                if self.scale_factor == 1 or isinstance(error, torch.OutOfMemoryError):
+                if self.scale_factor == 1 or isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error):
                     raise
                 raise ValueError(
                     f"The model failed on inputs downsampled by scale_factor={self.scale_factor}: {error}. If it takes "
@@ -198,4 +197,8 @@ class TwoPassBackprop(SubsetBackprop):
         with get_precision_context(state.precision, state.precision_config):
             model = unwrap(state.model)
             losses = per_sample_losses(model, state.outputs, state.batch, len(weights), self.loss_fn)
-            state.loss = weighted_loss(losses, weights, cast(torch.Tensor, state.loss))
+            own_loss = cast(torch.Tensor, state.loss)
+            state.loss = weighted_loss(losses, weights, own_loss)
+        outputs: Any = state.outputs
+        if isinstance(outputs, MutableMapping) and outputs.get("loss") is own_loss:
+            outputs["loss"] = own_loss.detach()  # Its graph would be kept through the backward pass.

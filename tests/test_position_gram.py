@@ -111,6 +111,35 @@ def test_a_softmax_cross_entropy_is_recognised_and_computed_again(weights, block
     torch.testing.assert_close(torch.cat(again, 1), p, rtol=1e-9, atol=1e-12)
 
 
+def test_p_is_computed_again_in_the_precision_that_the_layer_ran_in():
+    """Under autocast H can be float32 where the logits are bfloat16, and labels almost certain."""
+    torch.manual_seed(0)
+    layer = nn.Linear(D, C)
+    layer.weight.data *= 20
+    inputs = torch.randn(M, T, D)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = layer(inputs).detach().requires_grad_()
+    labels = outputs.argmax(-1)
+    labels[0] = 0
+    F.cross_entropy(outputs.float().flatten(0, 1), labels.flatten(), reduction="sum").backward()
+    part = LayerGradients.of(layer, inputs, outputs.grad, outputs.detach(), M * 10**9)
+    assert isinstance(part.grads, SoftmaxGrads)
+    p = part.grads.columns(part.inputs, layer.weight.detach(), layer.bias.detach(), 0, C)
+    rows = outputs.grad.flatten(0, 1)[outputs.grad.flatten(0, 1).ne(0).any(-1)].float()
+    torch.testing.assert_close(p.norm(dim=1), rows.norm(dim=1), rtol=0.02, atol=1e-6)
+    assert ((p - rows).norm(dim=1) <= 0.02 * rows.norm(dim=1) + 1e-6).all()
+
+
+def test_one_smoothed_row_among_many_is_not_overlooked():
+    _, _, _, outputs, _ = problem()
+    z = outputs.flatten(0, 1).repeat(20, 1).requires_grad_()
+    labels = torch.arange(len(z)) % C
+    losses = F.cross_entropy(z, labels, reduction="none")
+    smoothed = F.cross_entropy(z[:1], labels[:1], label_smoothing=0.01)
+    (p,) = torch.autograd.grad(losses[1:].sum() + smoothed, z)
+    assert SoftmaxGrads.recognise(z.detach(), p) is None
+
+
 def test_a_label_that_is_almost_certain_is_recognised():
     z = torch.tensor([[40.0, 0.0, -1.0], [0.0, 60.0, 1.0]], dtype=torch.float32, requires_grad=True)
     (p,) = torch.autograd.grad(F.cross_entropy(z, torch.tensor([0, 1]), reduction="sum"), z)

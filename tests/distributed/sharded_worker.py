@@ -31,6 +31,10 @@ if __name__ == "__main__":
 
     rows = slice(0, 12) if rank == 0 else slice(12, 12 + int(sys.argv[3]))
     batch = tuple(tensor[rows] for tensor in CONV.data(24).tensors)
+    microbatch_size = int(sys.argv[4])
+    if rank == 0 and microbatch_size < 12:
+        # Few distinct samples: matching stops early, with fewer microbatches of picks than rank 1 has.
+        batch = tuple(tensor[torch.arange(12) % 3] for tensor in batch)
     # In microbatches of at most 4 that is three forward passes on rank 0, but fewer on rank 1.
     picks = (batch, torch.arange(len(batch[0])), None)
     algorithms, seen = [], []
@@ -39,12 +43,15 @@ if __name__ == "__main__":
         algorithms = [algorithm_class(start=0.0, end=1.0, keep=0.5, interrupt=0, selection_microbatch_size=4)]
         seen = record_selections(algorithms[0])
     spec = DataSpec([batch], get_num_samples_in_batch=lambda batch: len(batch[0]))
-    make_trainer(model, spec, algorithms, algorithm_passes=[select_first], device_train_microbatch_size=12).fit()
+    make_trainer(
+        model, spec, algorithms, algorithm_passes=[select_first], device_train_microbatch_size=microbatch_size
+    ).fit()
     for _, selection in seen:
         picks = (batch, selection.indices, selection.weights)
     torch.save(
         {
             **dict(zip(("batch", "indices", "weights"), picks, strict=True)),
+            "whole": [algorithm.batches_trained_whole for algorithm in algorithms],
             "parameters": [
                 p.full_tensor().detach() if isinstance(p, DTensor) else p.detach() for p in model.module.parameters()
             ],

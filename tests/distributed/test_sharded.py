@@ -31,7 +31,7 @@ def steps_over_gradients(ranks):
 @pytest.fixture(scope="module")
 def full_step(tmp_path_factory):
     """How long a step is without selection: on gloo, torch 2.7 adds up the ranks' gradients, where NCCL averages."""
-    steps, gradient = steps_over_gradients(run_on_two_ranks(WORKER, tmp_path_factory.mktemp("full"), "full", 7))
+    steps, gradient = steps_over_gradients(run_on_two_ranks(WORKER, tmp_path_factory.mktemp("full"), "full", 7, 12))
     factor = steps[0].norm() / gradient.norm()
     assert min((factor - 0.1).abs(), (factor - 0.2).abs()) < 1e-4
     return factor
@@ -39,13 +39,25 @@ def full_step(tmp_path_factory):
 
 @pytest.mark.parametrize(("algorithm", "second"), [("gradmatch", 7), ("loss_backprop", 7), ("gradmatch", 1)])
 def test_a_sharded_step_is_the_weighted_mean_over_both_ranks_picks(tmp_path, algorithm, second, full_step):
-    ranks = run_on_two_ranks(WORKER, tmp_path, algorithm, second)
+    ranks = run_on_two_ranks(WORKER, tmp_path, algorithm, second, 12)
     assert [len(rank["batch"][0]) for rank in ranks] == [12, second]
     if algorithm == "gradmatch":
         for rank in ranks:
             picks, expected = reference_selection(CONV.model().module, CONV.layer, *rank["batch"], 0.5)
             assert rank["indices"].tolist() == picks.tolist()
             torch.testing.assert_close(rank["weights"], torch.as_tensor(expected), rtol=1e-4, atol=1e-5)
+    steps, gradient = steps_over_gradients(ranks)
+    for step in steps:
+        assert (step + full_step * gradient).norm() <= 1e-4 * step.norm()
+
+
+def test_picks_that_make_unequal_numbers_of_microbatches_are_trained_whole_instead(tmp_path, full_step):
+    """Each training microbatch gathers parameters on all ranks: with fewer on one of them the other would wait."""
+    ranks = run_on_two_ranks(WORKER, tmp_path, "gradmatch", 12, 4)
+    assert [rank["whole"] for rank in ranks] == [[1], [1]]
+    assert len(ranks[0]["indices"]) <= 4 < len(ranks[1]["indices"])
+    for rank in ranks:
+        rank["indices"], rank["weights"] = torch.arange(12), None
     steps, gradient = steps_over_gradients(ranks)
     for step in steps:
         assert (step + full_step * gradient).norm() <= 1e-4 * step.norm()

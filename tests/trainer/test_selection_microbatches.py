@@ -44,7 +44,7 @@ def test_picks_and_weights_are_those_of_one_pass(case, algorithm_class):
 
 
 @pytest.mark.parametrize("algorithm_class", TWO_PASS)
-@pytest.mark.parametrize(("own", "trainers", "expected"), [(None, 6, [5] * 4), (None, 20, [20]), (8, 20, [7, 7, 6])])
+@pytest.mark.parametrize(("own", "trainers", "expected"), [(None, 6, [5] * 4), (None, 20, [20]), (8, 20, [6, 7, 7])])
 def test_the_size_is_the_training_microbatches_unless_it_is_given(algorithm_class, own, trainers, expected):
     model = MLP.model()
     algorithm = algorithm_class(keep=0.4, selection_microbatch_size=own, **ON)
