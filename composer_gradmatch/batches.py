@@ -242,11 +242,7 @@ def _is_nest(value: Any) -> bool:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    if not _is_nest(value):
-        yield value
-        return
-    for item in value.values() if isinstance(value, Mapping) else value:
-        yield from _leaves(item)
+    return (leaf for _, leaf in _named_leaves(value))
 
 
 def _named_leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -26,6 +26,11 @@ def _takes_reduction(model: Any) -> bool:
     return "reduction" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
+def _takes_loss_from_logits(model: Any) -> bool:
+    """Whether a model's own loss comes reduced only, but its task says what it is made of."""
+    return is_huggingface(model) and not _takes_reduction(model)
+
+
 def check_losses(model: Any) -> None:
     """Checks that the losses of a model's samples are to be had, as far as can be told without a batch.
 
@@ -54,7 +59,7 @@ def check_batch(model: Any, batch: Any, loss_fn: LossFn | None = None) -> None:
     Raises:
         ValueError: If the labels of a ``HuggingFaceModel``'s batch cannot be trained on.
     """
-    if loss_fn is None and is_huggingface(model) and not _takes_reduction(model):
+    if loss_fn is None and _takes_loss_from_logits(model):
         check_labels(model, batch)
 
 
@@ -88,7 +93,7 @@ def per_sample_losses(
             got = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
             raise ValueError(f"loss_fn must return a tensor of shape ({num_samples},), one loss a sample; got {got}.")
         return losses
-    if not _takes_reduction(model) and is_huggingface(model):
+    if _takes_loss_from_logits(model):
         source = f"The loss of {type(model.model).__name__}"
         losses = huggingface_losses(model, outputs, batch)
     else:
