@@ -7,61 +7,95 @@ output layer, ``c`` its outputs. ``gram[i, j] = gᵢᵀgⱼ`` for the samples' g
 
 from __future__ import annotations
 
-import warnings
-from numbers import Integral
+from collections.abc import Callable
+from functools import cache
+from numbers import Integral, Real
 from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 
-__all__ = ["SOLVERS", "Solver", "effective_sample_size", "gram_omp", "matching_residual", "normalize_weights"]
+from composer_gradmatch.solvers.nonnegative import solve_nonnegative
+from composer_gradmatch.solvers.problem import Problem
+from composer_gradmatch.solvers.pursuit import solve_omp
+from composer_gradmatch.solvers.scikit_learn import solve_sklearn
+from composer_gradmatch.solvers.swap import solve_swap
+
+__all__ = [
+    "SOLVERS",
+    "Solver",
+    "check_solver",
+    "effective_sample_size",
+    "gram_omp",
+    "matching_residual",
+    "normalize_weights",
+]
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
-Solver = Literal["omp", "sklearn"]
-SOLVERS: tuple[Solver, ...] = ("omp", "sklearn")
-
-# Relative to a sample's own squared norm: below this, what is left of its gradient outside the span of the
-# picked ones is rounding error. Gradients come from float32 or bfloat16 forward passes, far above it.
-_DEPENDENT = 1e-10
+Solver = Literal["omp", "nonnegative", "swap", "sklearn"]
+SOLVERS: tuple[Solver, ...] = ("omp", "nonnegative", "swap", "sklearn")
 
 
-def gram_omp(gram: Array, target: Array, k: int, *, solver: Solver = "omp") -> tuple[Array, Array]:
+def gram_omp(
+    gram: Array,
+    target: Array,
+    k: int,
+    *,
+    solver: Solver = "omp",
+    ridge: float = 0.0,
+    tolerance: float = 0.0,
+    norm_squared: float | None = None,
+) -> tuple[Array, Array]:
     """Picks at most ``k`` samples and their weights by orthogonal matching pursuit on a Gram matrix.
 
-    Greedily approximates min_w ‖Σᵢ wᵢgᵢ − ḡ‖² subject to ‖w‖₀ ≤ k (eq. 1 of Balles et al., 2023) by their
-    Algorithm 2, with the residual correlation α = t − K[:, I]γ taken from t in each step (the algorithm is
-    printed with ``α ← α − K γ``, which would subtract earlier steps again).
+    Greedily approximates min_w ‖Σᵢ wᵢgᵢ − ḡ‖² + λ‖w‖² subject to ‖w‖₀ ≤ k (eq. 1 of Balles et al., 2023, there
+    with λ = 0) by their Algorithm 2, with the residual correlation α = t − K[:, I]γ taken from t in each step (the
+    algorithm is printed with ``α ← α − K γ``, which would subtract earlier steps again).
 
-    With ``solver="omp"`` a step picks the largest α, signed, and no sample twice. It stops early, with fewer
-    than ``k`` picks, when no sample is left with α > 0, or when the next sample is linearly dependent on the
-    picked ones. All tolerances are relative, so scaling the problem scales nothing but its own numbers.
+    The solvers:
 
-    With ``solver="sklearn"`` the work is done by :func:`sklearn.linear_model.orthogonal_mp_gram`, which the
-    paper's experiments used: it picks the α of largest magnitude, so that weights can come out negative.
+    - ``"omp"``: a step picks the largest α, signed, and no sample twice. It stops early, with fewer than ``k``
+      picks, when no sample is left with α > 0, or when the next sample is linearly dependent on the picked ones.
+      Weights can come out negative. Compiled where numba is installed; numpy arrays and torch tensors on the CPU
+      are not copied; on a GPU the work is done there (:func:`.fixed_omp`), and only the number of picks is asked.
+    - ``"nonnegative"``: the same, but the weights of each step are the best non-negative ones, and a sample whose
+      weight becomes zero is not a pick any more (:func:`.solve_nonnegative`).
+    - ``"swap"``: ``"omp"``, then the best exchange of a picked for an unpicked sample for as long as the error falls
+      (:func:`.solve_swap`).
+    - ``"sklearn"``: :func:`sklearn.linear_model.orthogonal_mp_gram`, which the paper's experiments used: it picks the
+      α of largest magnitude, so that weights can come out negative.
+
+    All of the solvers' tolerances are relative, so scaling the problem scales nothing but its own numbers.
 
     Args:
         gram (np.ndarray | torch.Tensor): K, shape (M, M), symmetric positive semi-definite. Not modified.
         target (np.ndarray | torch.Tensor): t, shape (M,). Not modified.
         k (int): The largest number of picks, 1 ≤ k ≤ M.
-        solver (str, optional): ``"omp"`` or ``"sklearn"``. Default: ``"omp"``.
+        solver (str, optional): ``"omp"``, ``"nonnegative"``, ``"swap"`` or ``"sklearn"``. Default: ``"omp"``.
+        ridge (float, optional): λ relative to the mean of K's diagonal, at least 0. Default: ``0.0``.
+        tolerance (float, optional): Stops at the first step whose error, ‖Σᵢ wᵢgᵢ − ḡ‖² + λ‖w‖², is at most
+            ``tolerance`` times ‖ḡ‖², in [0, 1); 0 to make ``k`` picks however small it is. Default: ``0.0``.
+        norm_squared (float, optional): ‖ḡ‖², for the tolerance; None where the target is the row means of K, and
+            ‖ḡ‖² is their mean. Default: ``None``.
 
     Returns:
         tuple: ``(indices, weights)``, each of shape (n,) with n ≤ k and in the order picked: int64 indices and
-        the unnormalised least-squares weights γ = K[I, I]⁻¹t[I], which may be negative. Of the same kind (and
+        the unnormalised weights, γ = (K[I, I] + λI)⁻¹t[I] but for ``"nonnegative"``. Of the same kind (and
         device) as ``gram``; the weights have its dtype, the arithmetic is float64.
 
     Raises:
         TypeError: If ``k`` is not an integer, or ``gram`` and ``target`` are not arrays of the same kind.
-        ValueError: If a shape, ``k`` or ``solver`` is out of range, or a number is not finite.
+        ValueError: If a shape, ``k``, ``solver``, ``ridge`` or ``tolerance`` is out of range, or a number is not
+            finite.
     """
     if isinstance(gram, torch.Tensor) and isinstance(target, torch.Tensor):
-        indices, weights = _gram_omp(_as_float64(gram), _as_float64(target), k, solver)
+        indices, weights = _solve(_host(gram), _host(target), k, solver, ridge, tolerance, norm_squared)
         return (
             torch.from_numpy(indices).to(gram.device),
             torch.from_numpy(weights).to(gram.device, gram.dtype if gram.is_floating_point() else torch.float64),
         )
     if isinstance(gram, np.ndarray) and isinstance(target, np.ndarray):
-        indices, weights = _gram_omp(_as_float64(gram), _as_float64(target), k, solver)
+        indices, weights = _solve(gram, target, k, solver, ridge, tolerance, norm_squared)
         return indices, weights.astype(gram.dtype if np.issubdtype(gram.dtype, np.floating) else np.float64)
     raise TypeError(
         "gram and target must both be numpy arrays or both be torch tensors, "
@@ -69,14 +103,44 @@ def gram_omp(gram: Array, target: Array, k: int, *, solver: Solver = "omp") -> t
     )
 
 
-def _as_float64(array: np.ndarray | torch.Tensor) -> np.ndarray:
-    if isinstance(array, torch.Tensor):
-        return array.detach().to("cpu", torch.float64).numpy()
-    return np.asarray(array, dtype=np.float64)
+def check_solver(solver: str, ridge: float, tolerance: float) -> None:
+    """Checks what chooses a solver.
+
+    Args:
+        solver (str): See :func:`gram_omp`.
+        ridge (float): See :func:`gram_omp`.
+        tolerance (float): See :func:`gram_omp`.
+
+    Raises:
+        ValueError: If one is out of range.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; got {solver!r}.")
+    if not (_is_number(ridge) and 0 <= ridge < float("inf")):
+        raise ValueError(f"ridge must be a number >= 0, a share of the mean squared gradient norm; got {ridge!r}.")
+    if not (_is_number(tolerance) and 0 <= tolerance < 1):
+        raise ValueError(f"tolerance must be in [0, 1), a share of the squared norm to match; got {tolerance!r}.")
 
 
-def _gram_omp(gram: np.ndarray, target: np.ndarray, k: int, solver: str) -> tuple[np.ndarray, np.ndarray]:
-    """Validates float64 arrays and hands them to a kernel."""
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _host(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _solve(
+    gram: np.ndarray,
+    target: np.ndarray,
+    k: int,
+    solver: str,
+    ridge: float,
+    tolerance: float,
+    norm_squared: float | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Validates the arrays and hands them to a solver."""
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
         raise ValueError(f"gram must be a square matrix (M, M), got shape {gram.shape}.")
     if target.shape != gram.shape[:1]:
@@ -85,71 +149,50 @@ def _gram_omp(gram: np.ndarray, target: np.ndarray, k: int, solver: str) -> tupl
         raise TypeError(f"k must be an integer, got {k!r}.")
     if not 1 <= k <= len(target):
         raise ValueError(f"k must be between 1 and the number of samples, {len(target)}; got {k}.")
-    if solver not in SOLVERS:
-        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; got {solver!r}.")
-    if not (np.isfinite(gram).all() and np.isfinite(target).all()):
+    check_solver(solver, ridge, tolerance)
+    if not np.issubdtype(gram.dtype, np.floating):
+        gram = gram.astype(np.float64)
+    target = np.asarray(target, dtype=np.float64)
+    if not (_is_finite(gram) and _is_finite(target)):
         raise ValueError("gram and target must be finite; they hold NaN or infinity.")
-    kernel = _signed_omp if solver == "omp" else _sklearn_omp
-    return kernel(gram, target, int(k))
+    penalty = ridge * float(np.diagonal(gram).mean(dtype=np.float64))
+    enough = float("inf")
+    if tolerance > 0:
+        matched = float(target.mean()) if norm_squared is None else float(norm_squared)
+        if not 0 <= matched < float("inf"):
+            raise ValueError(
+                f"The squared norm of what is matched must be a number >= 0, got {matched}. Pass norm_squared "
+                "where the target is not the row means of gram."
+            )
+        enough = (1 - tolerance) * matched
+    rows = gram if gram.flags.c_contiguous else gram.T  # K is symmetric: of the two the one with its rows in memory.
+    return _solver(solver)(Problem(rows, target, int(k), penalty, enough))
 
 
-def _signed_omp(gram: np.ndarray, target: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Algorithm 2 as a partial pivoted Cholesky factorisation K[I, I] = LLᵀ.
-
-    Row j of ``rows`` is row j of Q = L⁻¹K[I, :], so one product and one rank-one update serve each pick, and
-    α = t − Qᵀz with z = L⁻¹t[I]. L is the transpose of Q's picked columns: γ is solved for once, at the end.
-    """
-    m = len(target)
-    norm = np.sqrt(np.clip(np.diagonal(gram), 0.0, None))
-    # The best correlation with a single sample bounds ‖ḡ‖ from below and so sets the scale of all α.
-    correlation = np.divide(target, norm, out=np.zeros(m), where=norm > 0)
-    # A mean gradient that cancels to zero leaves only the rounding error of its products in the target.
-    rounding = 8 * np.finfo(np.float64).eps * norm.max(initial=0.0)
-    floor = max(_DEPENDENT * np.abs(correlation).max(initial=0.0), rounding) * norm
-
-    alpha = target.copy()
-    rows = np.empty((k, m))
-    z = np.empty(k)
-    picks: list[int] = []
-    unpicked = norm > 0
-    for j in range(k):
-        candidates = np.where(unpicked & (alpha > floor), alpha, -np.inf)
-        pick = int(np.argmax(candidates))
-        if candidates[pick] == -np.inf:
-            break
-        row = gram[pick] - rows[:j, pick] @ rows[:j]
-        pivot = row[pick]
-        if pivot <= _DEPENDENT * gram[pick, pick]:
-            break
-        row /= np.sqrt(pivot)
-        rows[j] = row
-        z[j] = alpha[pick] / row[pick]
-        alpha -= z[j] * row
-        unpicked[pick] = False
-        picks.append(pick)
-
-    n = len(picks)
-    indices = np.array(picks, dtype=np.int64)
-    upper, right = torch.from_numpy(rows[:n, indices]), torch.from_numpy(z[:n, None])
-    return indices, torch.linalg.solve_triangular(upper, right, upper=True)[:, 0].numpy()
+def _is_finite(array: np.ndarray) -> bool:
+    # The sum tells at once, unless it overflows.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(array.sum()) or np.isfinite(array).all())
 
 
-def _sklearn_omp(gram: np.ndarray, target: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """scikit-learn's rule, which stops at absolute thresholds: a power of two brings the problem to order one."""
-    from sklearn.linear_model import orthogonal_mp_gram
+@cache
+def _omp() -> Callable[[Problem], tuple[np.ndarray, np.ndarray]]:
+    """Algorithm 2, compiled if numba is installed."""
+    try:
+        from composer_gradmatch.solvers.compiled import solve_compiled
+    except ImportError:
+        return solve_omp
+    return solve_compiled
 
-    largest = np.abs(np.diagonal(gram)).max()
-    if largest == 0.0 or not target.any():
-        return np.empty(0, dtype=np.int64), np.empty(0)
-    scale = 2.0 ** -np.floor(np.log2(largest))
-    with warnings.catch_warnings():
-        # "ended prematurely due to linear dependence": the caller sees it in the number of picks.
-        warnings.filterwarnings("ignore", "(?s).*Orthogonal matching pursuit ended prematurely", RuntimeWarning)
-        path = np.asarray(orthogonal_mp_gram(gram * scale, target * scale, n_nonzero_coefs=k, return_path=True))
-    path = path.reshape(len(target), -1)
-    first_step = np.where(path.any(axis=1), (path != 0).argmax(axis=1), path.shape[1])
-    indices = np.argsort(first_step, kind="stable")[: int(path.any(axis=1).sum())].astype(np.int64)
-    return indices, np.ascontiguousarray(path[indices, -1])
+
+def _solver(name: str) -> Callable[[Problem], tuple[np.ndarray, np.ndarray]]:
+    if name == "nonnegative":
+        return solve_nonnegative
+    if name == "swap":
+        return solve_swap
+    if name == "sklearn":
+        return solve_sklearn
+    return _omp()
 
 
 def normalize_weights(weights: Array) -> Array:

@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import nnls
 
 
 def per_sample_gradients(loss_of_sample, parameters, num_samples):
@@ -50,6 +51,38 @@ def brute_force_omp(gradients: np.ndarray, matched: np.ndarray, k: int, *, toler
         picks.append(best)
         weights = np.linalg.lstsq(gradients[picks].T, matched, rcond=None)[0]
     return np.array(picks, dtype=np.int64), weights, margins
+
+
+def with_ridge(gradients: np.ndarray, penalty: float) -> np.ndarray:
+    """Gradients whose least squares have the penalty λ‖w‖²: each with a coordinate √λ of its own."""
+    return np.hstack([gradients, np.sqrt(penalty) * np.eye(len(gradients))])
+
+
+def brute_force_nonnegative_omp(gradients: np.ndarray, matched: np.ndarray, k: int):
+    """Non-negative OMP on explicit gradients: SciPy's non-negative least squares on the picked set for every pick."""
+    scale = np.linalg.norm(matched) * np.linalg.norm(gradients, axis=1)
+    picks: list[int] = []
+    weights = np.empty(0)
+    error = np.linalg.norm(matched)
+    while len(picks) < k:
+        alpha = gradients @ (matched - gradients[picks].T @ weights)
+        candidates = [i for i in range(len(gradients)) if i not in picks and alpha[i] > 1e-9 * scale[i]]
+        if not candidates:
+            break
+        picks.append(max(candidates, key=lambda i: alpha[i]))
+        weights, new_error = nnls(gradients[picks].T, matched)
+        picks, weights = [p for p, w in zip(picks, weights, strict=True) if w > 0], weights[weights > 0]
+        if new_error >= error * (1 - 1e-12):
+            break
+        error = new_error
+    return np.array(picks, dtype=np.int64), weights
+
+
+def squared_error(gradients: np.ndarray, matched: np.ndarray, picks) -> float:
+    """The smallest ‖Σwᵢgᵢ − ḡ‖² with weights on these picks."""
+    chosen = gradients[list(picks)].T
+    weights = np.linalg.lstsq(chosen, matched, rcond=None)[0]
+    return float(np.sum((chosen @ weights - matched) ** 2))
 
 
 def clip_and_normalize(picks, weights):

@@ -16,7 +16,8 @@ TWO_PASS = {"batches", "losses", "selection_pass", "spans", "subset_backprop"}
 #: What the studies measure the parts of.
 MEASURED = {"batches", "gradmatch", "last_layer", "selection_pass", "spans"}
 MAY_IMPORT: dict[str, set[str]] = {
-    "matching": set(),
+    "matching": {"solvers"},
+    "solvers": {"solvers"},
     "batches": set(),
     "position_gram": set(),
     "last_layer": {"position_gram"},

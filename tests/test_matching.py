@@ -217,7 +217,7 @@ def test_bad_input_is_refused(gram, target, k, error, message):
 
 
 def test_an_unknown_solver_is_refused_by_name():
-    with pytest.raises(ValueError, match="omp, sklearn; got 'lasso'"):
+    with pytest.raises(ValueError, match="omp, nonnegative, swap, sklearn; got 'lasso'"):
         gram_omp(np.eye(2), np.ones(2), 1, solver="lasso")  # type: ignore[arg-type]
 
 
