@@ -167,9 +167,9 @@ def match_rows(microbatch: Any, batch: Any, weights: torch.Tensor) -> torch.Tens
     n = len(weights)
     pairs = [(part, whole) for part, whole in pairs if part.dim() and whole.dim() and len(whole) == n]
     for part, whole in pairs:
-        rows = _rows_in_memory(part, whole)
+        rows = _rows_in_memory(part, whole, weights.device)
         if rows is not None:
-            return weights[rows.to(weights.device)]
+            return weights[rows]
 
     complete, same = True, None
     for part, whole in pairs:
@@ -204,7 +204,7 @@ def tensor_leaves(batch: Any) -> Iterator[torch.Tensor]:
     return (leaf for leaf in _leaves(batch) if isinstance(leaf, torch.Tensor))
 
 
-def _rows_in_memory(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor | None:
+def _rows_in_memory(part: torch.Tensor, whole: torch.Tensor, device: torch.device) -> torch.Tensor | None:
     """Which rows of ``whole`` a view of it shows, or None if ``part`` is no view of whole rows."""
     if part.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr() or not whole.numel():
         return None
@@ -214,10 +214,10 @@ def _rows_in_memory(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor | N
         return None
     first, offset = divmod(int(part.storage_offset() - whole.storage_offset()), whole.stride(0))
     step, remainder = divmod(part.stride(0), whole.stride(0))
-    rows = first + step * torch.arange(len(part))
-    if offset or remainder or not len(part) or rows[0] < 0 or rows[-1] >= len(whole):
+    last = first + step * (len(part) - 1)
+    if offset or remainder or not len(part) or min(first, last) < 0 or max(first, last) >= len(whole):
         return None
-    return rows
+    return first + step * torch.arange(len(part), device=device)
 
 
 def _equal_rows(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:

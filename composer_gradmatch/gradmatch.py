@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,63 +21,14 @@ from composer_gradmatch.last_layer import (
 )
 from composer_gradmatch.layer_gradients import LayerGradients, gram_of_all
 from composer_gradmatch.losses import LossFn, check_unit_weights
-from composer_gradmatch.matching import (
-    SOLVERS,
-    Solver,
-    effective_sample_size,
-    gram_omp,
-    matching_residual,
-    normalize_weights,
-)
+from composer_gradmatch.match import Match, match_mean_gradient, match_on_device
+from composer_gradmatch.matching import Solver, check_solver
 from composer_gradmatch.selection_pass import check_scale_factor, no_trace, scale_inputs, unwrap
 from composer_gradmatch.spans import span
 from composer_gradmatch.subset_backprop import Selection, WholeBatch
 from composer_gradmatch.two_pass_backprop import TwoPassBackprop
 
-__all__ = ["GradMatch", "Match", "match_mean_gradient", "observe_output_layer", "select_using_gradient_matching"]
-
-
-@dataclass(frozen=True)
-class Match:
-    """The samples that match a minibatch's mean gradient.
-
-    Attributes:
-        indices (torch.Tensor): I, int64, shape (n,), on the CPU, in the order picked.
-        weights (torch.Tensor): w > 0, float64, shape (n,), on the CPU, with sum n.
-        residual (float): ‖(1/n)Σwᵢgᵢ − ḡ‖² / ‖ḡ‖² of the last-layer gradients.
-    """
-
-    indices: torch.Tensor
-    weights: torch.Tensor
-    residual: float
-
-
-def match_mean_gradient(gram: torch.Tensor, num_picks: int, *, solver: Solver = "omp") -> Match | None:
-    """Algorithm 1 after its forward pass: from the Gram matrix to picked samples and their weights.
-
-    Weights are clipped at zero and normalised to sum to the number of samples that are left.
-
-    Args:
-        gram (torch.Tensor): K of the samples' last-layer gradients, shape (M, M), float64.
-        num_picks (int): m, the largest number of picks.
-        solver (str, optional): See :func:`.gram_omp`. Default: ``"omp"``.
-
-    Returns:
-        Match | None: The picks, or None if the mean gradient is zero: there is nothing to match.
-
-    Raises:
-        ValueError: If the Gram matrix is not finite.
-    """
-    with span("matching"):
-        k = gram.cpu().numpy()
-        target = k.mean(axis=1)
-        indices, weights = gram_omp(k, target, num_picks, solver=solver)
-    indices, weights = indices[weights > 0], weights[weights > 0]
-    if not len(indices):
-        return None
-    weights = normalize_weights(weights)
-    residual = matching_residual(k, target, indices, weights)
-    return Match(torch.from_numpy(indices), torch.from_numpy(weights), residual)
+__all__ = ["GradMatch", "observe_output_layer", "select_using_gradient_matching"]
 
 
 def select_using_gradient_matching(
@@ -91,6 +41,8 @@ def select_using_gradient_matching(
     *,
     output_layer: str | nn.Module | None = None,
     solver: Solver = "omp",
+    ridge: float = 0.0,
+    tolerance: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Prunes a minibatch to the weighted samples that match its mean gradient; twin of ``select_using_loss``.
 
@@ -107,6 +59,8 @@ def select_using_gradient_matching(
         scale_factor (float, optional): Scale for downsampling the inputs of this pass, in (0, 1]. Default: ``1.0``.
         output_layer (str | nn.Module, optional): The output layer; found by itself if None. Default: ``None``.
         solver (str, optional): See :func:`.gram_omp`. Default: ``"omp"``.
+        ridge (float, optional): See :func:`.gram_omp`. Default: ``0.0``.
+        tolerance (float, optional): See :func:`.gram_omp`. Default: ``0.0``.
 
     Returns:
         tuple[torch.Tensor, torch.Tensor, torch.Tensor]: The picked inputs, their targets and their weights; the
@@ -119,6 +73,7 @@ def select_using_gradient_matching(
     if not 0 < keep <= 1:
         raise ValueError(f"keep must be in (0, 1], got {keep}.")
     check_scale_factor(scale_factor)
+    check_solver(solver, ridge, tolerance)
     if len(input) != len(target) or not len(input):
         raise ValueError(
             f"input and target need the same number of samples, at least one; got {len(input)} and {len(target)}."
@@ -137,7 +92,7 @@ def select_using_gradient_matching(
             inputs, grads = tap.inputs_and_grads(losses)
     num_picks = max(1, int(keep * len(input)))
     gram = last_layer_gram(inputs.double(), grads.double(), layer.bias is not None)
-    match = match_mean_gradient(gram, num_picks, solver=solver)
+    match = match_mean_gradient(gram, num_picks, solver=solver, ridge=ridge, tolerance=tolerance)
     if match is None:
         return input, target, torch.ones(len(input), device=input.device)
     indices = match.indices.to(input.device)
@@ -172,6 +127,11 @@ class GradMatch(TwoPassBackprop):
     leaves buffers and random number generators as they were. A minibatch whose last-layer gradients are not
     finite, or are all zero, is trained whole.
 
+    On a GPU, with ``solver="omp"`` and no tolerance, the host does not wait for the selection: there are always m
+    picks, some of weight zero where matching pursuit stops early; and of a minibatch that cannot be matched m samples
+    are trained with weights one. (Where the output layer runs at many positions of a sample, the host asks for their
+    number.)
+
     The first seven parameters are those of Composer's ``SelectiveBackprop``.
 
     Args:
@@ -192,8 +152,12 @@ class GradMatch(TwoPassBackprop):
         loss_fn (Callable, optional): A function of (outputs, batch) that returns the loss of each sample, shape
             (M,). ``None`` asks the model's own ``loss(..., reduction='none')`` or, for a ``HuggingFaceModel``, takes
             the loss of its task from its logits and labels. Default: ``None``.
-        solver (str, optional): ``"omp"``, the paper's Algorithm 2, or ``"sklearn"``, which its experiments ran;
-            see :func:`.gram_omp`. Default: ``"omp"``.
+        solver (str, optional): ``"omp"``, the paper's Algorithm 2; ``"nonnegative"`` or ``"swap"``, variants of it;
+            or ``"sklearn"``, which the paper's experiments ran: see :func:`.gram_omp`. Default: ``"omp"``.
+        ridge (float, optional): A penalty on the weights, λ‖w‖² with λ relative to the mean squared norm of the
+            samples' gradients, which makes them more even. Default: ``0.0``.
+        tolerance (float, optional): Picks no more samples once the squared error of the match is at most this share
+            of ‖ḡ‖², in [0, 1), so that the number of picks, at most m, adapts to the minibatch. Default: ``0.0``.
         selection_microbatch_size (int | str, optional): Samples at a time in the selection pass: a number, ``"auto"``,
             or ``None`` for the training step's; see :class:`.TwoPassBackprop`. Default: ``None``.
         selection_precision (str | Precision, optional): The precision of the selection pass, e.g. ``"amp_bf16"``;
@@ -231,6 +195,8 @@ class GradMatch(TwoPassBackprop):
         output_layer: str | nn.Module | None = None,
         loss_fn: LossFn | None = None,
         solver: Solver = "omp",
+        ridge: float = 0.0,
+        tolerance: float = 0.0,
         selection_microbatch_size: int | str | None = None,
         selection_precision: str | Precision | None = None,
     ) -> None:
@@ -248,10 +214,10 @@ class GradMatch(TwoPassBackprop):
         )
         if output_layer is not None and not isinstance(output_layer, str | nn.Module):
             raise TypeError(f"output_layer must be a dotted name, a module or None, got {output_layer!r}.")
-        if solver not in SOLVERS:
-            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; got {solver!r}.")
+        check_solver(solver, ridge, tolerance)
         self.output_layer = output_layer
         self.solver: Solver = solver
+        self.ridge, self.tolerance = ridge, tolerance
         self._layer: nn.Linear | None = None
         self._changed_in_place = False
 
@@ -346,13 +312,19 @@ class GradMatch(TwoPassBackprop):
 
         with no_trace(unwrap(state.model)):
             parts = self._in_microbatches(state, num_samples, last_layer_gradients)
+        with span("gram"):
+            gram = gram_of_all(parts, layer)
+        if self._stays_on_device(state):
+            return match_on_device(gram, num_picks, ridge=self.ridge)
         if not all(part.finite for part in parts):
             return WholeBatch(
                 "a minibatch has last-layer gradients that are not finite; it and others like it are trained whole."
             )
-        with span("gram"):
-            gram = gram_of_all(parts, layer)
-        return match_mean_gradient(gram, num_picks, solver=self.solver)
+        return match_mean_gradient(gram, num_picks, solver=self.solver, ridge=self.ridge, tolerance=self.tolerance)
+
+    def _stays_on_device(self, state: State) -> bool:
+        """Whether the host need not know what is picked: the number of picks is fixed, and the solver a kernel."""
+        return state.device.name == "gpu" and self.solver == "omp" and self.tolerance == 0
 
     def _select(self, state: State, num_samples: int, num_picks: int) -> Selection | WholeBatch:
         match = self._match(state, num_samples, num_picks)
@@ -360,9 +332,4 @@ class GradMatch(TwoPassBackprop):
             return WholeBatch()
         if isinstance(match, WholeBatch):
             return match
-        metrics = {
-            "effective_sample_size": effective_sample_size(match.weights.numpy()),
-            "largest_weight": float(match.weights.max()),
-            "matching_residual": match.residual,
-        }
-        return Selection(match.indices, match.weights, metrics)
+        return Selection(match.indices, match.weights, match.metrics(num_samples), match.found)

@@ -28,13 +28,13 @@ class LayerGradients:
         grads (torch.Tensor | SoftmaxGrads): Rows of P, shape (N, C).
         counts (torch.Tensor, optional): The number of positions of each sample, shape (n,), on the CPU; None where
             each sample is a row.
-        finite (bool): Whether all numbers are finite.
+        finite (torch.Tensor): Whether all numbers are finite, a boolean scalar.
     """
 
     inputs: torch.Tensor
     grads: torch.Tensor | SoftmaxGrads
     counts: torch.Tensor | None
-    finite: bool
+    finite: torch.Tensor
 
     @classmethod
     def of(
@@ -49,7 +49,7 @@ class LayerGradients:
             outputs (torch.Tensor): What the layer put out, of P's shape.
             num_samples (int): M, the number of samples in all.
         """
-        finite = bool(inputs.isfinite().all() and grads.isfinite().all())
+        finite = inputs.isfinite().all() & grads.isfinite().all()
         if inputs.untyped_storage().nbytes() > inputs.nbytes:
             inputs = inputs.clone()  # A view (of the first position, say) keeps all of the backbone's output.
         if inputs.dim() == 2:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -29,16 +29,19 @@ class Selection:
     """The picked samples of one minibatch.
 
     Attributes:
-        indices (torch.Tensor): The picks, int64, shape (n,), on the CPU.
-        weights (torch.Tensor, optional): Their weights, shape (n,), float64, on the CPU, with sum n; None means
-            that all are one. Default: ``None``.
-        metrics (dict[str, float], optional): What else to log of the step; with weights, also their
+        indices (torch.Tensor): The picks, int64, shape (n,).
+        weights (torch.Tensor, optional): Their weights, shape (n,), float64, with sum n; None means that all are one.
+            Default: ``None``.
+        metrics (dict, optional): What else to log of the step, numbers or scalar tensors; with weights, also their
             ``effective_sample_size`` and ``largest_weight``. Default: ``{}``.
+        matched (torch.Tensor, optional): Whether the picks are chosen at all, a boolean scalar; None where they are.
+            Default: ``None``.
     """
 
     indices: torch.Tensor
     weights: torch.Tensor | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float | torch.Tensor] = field(default_factory=dict)
+    matched: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ class SubsetBackprop(Algorithm):
         #: Set by the algorithm pass :func:`.select_first`, which takes care of the order of algorithms.
         self.ordered_first = False
         self.batches_trained_whole = 0
+        self.batches_not_matched = 0
         self._warned: set[str] = set()
         self._rehearsed = False
         self._ghost_batch_size = 1
@@ -114,6 +118,8 @@ class SubsetBackprop(Algorithm):
         self._weights: torch.Tensor | None = None
         self._picked_batch: Any = None
         self._microbatch_weights: torch.Tensor | None = None
+        # Logged when the step is over: a value on a GPU makes the host wait for the work before it.
+        self._to_log: tuple[dict[str, float | torch.Tensor], torch.Tensor | None, int] | None = None
 
     @abstractmethod
     def _select(self, state: State, num_samples: int, num_picks: int) -> Selection | WholeBatch:
@@ -124,11 +130,16 @@ class SubsetBackprop(Algorithm):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of the algorithm."""
-        return {**super().state_dict(), "batches_trained_whole": self.batches_trained_whole}
+        return {
+            **super().state_dict(),
+            "batches_trained_whole": self.batches_trained_whole,
+            "batches_not_matched": self.batches_not_matched,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned."""
         self.batches_trained_whole = state.get("batches_trained_whole", 0)
+        self.batches_not_matched = state.get("batches_not_matched", 0)
 
     def match(self, event: Event, state: State) -> bool:
         """Whether to run: see :class:`.Algorithm`."""
@@ -136,8 +147,10 @@ class SubsetBackprop(Algorithm):
             return True
         if event == Event.AFTER_DATALOADER:
             return self.keep < 1 and (not self._rehearsed or self._is_scheduled(state))
-        if event in (Event.BATCH_START, Event.BEFORE_FORWARD, Event.AFTER_LOSS, Event.BATCH_END):
+        if event in (Event.BATCH_START, Event.BEFORE_FORWARD, Event.AFTER_LOSS):
             return self._weights is not None
+        if event == Event.BATCH_END:
+            return self._to_log is not None
         return False
 
     def _is_scheduled(self, state: State) -> bool:
@@ -170,6 +183,7 @@ class SubsetBackprop(Algorithm):
         elif event == Event.AFTER_LOSS:
             self._after_loss(state)
         elif event == Event.BATCH_END:
+            self._log(logger)
             self._clear_weights()
 
     def _check_setup(self, state: State) -> None:
@@ -252,7 +266,7 @@ class SubsetBackprop(Algorithm):
         n = len(selection.indices)
         if selection.weights is not None:
             self._weights = state.device.tensor_to_device(selection.weights.float())
-        metrics = {
+        metrics: dict[str, float | torch.Tensor] = {
             "fraction_kept": n / num_samples,
             # Of unit weights; a selection with weights of its own brings its own.
             "effective_sample_size": float(n),
@@ -262,7 +276,20 @@ class SubsetBackprop(Algorithm):
             "estimated_cost": (num_samples / 3 * self.two_passes + n) / num_samples,
             "selection_time": time.perf_counter() - started,
         }
-        logger.log_metrics({f"{self.log_name}/{key}": value for key, value in metrics.items()})
+        self._to_log = metrics, selection.matched, int(state.timestamp.batch)
+
+    def _log(self, logger: Logger) -> None:
+        """Logs the selection of the step that is over, as of that step."""
+        assert self._to_log is not None
+        metrics, matched, step = self._to_log
+        if matched is not None and not matched:
+            self.batches_not_matched += 1
+            metrics["batches_not_matched"] = self.batches_not_matched
+            self._warn_once(
+                "a minibatch has last-layer gradients that are not finite, or all zero; of it and others like it "
+                "m samples are trained with weights one."
+            )
+        logger.log_metrics({f"{self.log_name}/{key}": float(value) for key, value in metrics.items()}, step)
 
     def _same_on_all_ranks(self, state: State, num_samples: int) -> bool:
         """Whether a batch of ``num_samples`` here makes as many microbatches as the other ranks' batches there."""
@@ -273,9 +300,13 @@ class SubsetBackprop(Algorithm):
     def _train_whole(self, whole: WholeBatch, logger: Logger) -> None:
         self.batches_trained_whole += 1
         logger.log_metrics({f"{self.log_name}/batches_trained_whole": self.batches_trained_whole})
-        if whole.warning is not None and whole.warning not in self._warned:
-            self._warned.add(whole.warning)
-            warnings.warn(f"{type(self).__name__}: {whole.warning}", stacklevel=2)
+        if whole.warning is not None:
+            self._warn_once(whole.warning)
+
+    def _warn_once(self, warning: str) -> None:
+        if warning not in self._warned:
+            self._warned.add(warning)
+            warnings.warn(f"{type(self).__name__}: {warning}", stacklevel=2)
 
     def _of_nothing(self, state: State) -> WholeBatch:
         """An empty batch is an error at the start, and later, at the end of a rank's data, the Trainer's to take."""

@@ -245,7 +245,8 @@ def test_matching_residual_is_the_relative_squared_error_of_the_mean():
     gram, target = problem(gradients)
     indices, weights = np.array([3, 1, 7]), np.array([1.5, 1.0, 0.5])
     expected = np.sum((gradients[indices].T @ weights / 3 - gradients.mean(0)) ** 2) / np.sum(gradients.mean(0) ** 2)
-    assert matching_residual(gram, target, indices, weights) == pytest.approx(expected)
+    residual = matching_residual(*map(torch.from_numpy, (gram, target, indices, weights)))
+    assert residual.item() == pytest.approx(expected)
 
 
 def test_where_few_samples_carry_the_gradient_the_normalised_step_is_longer_than_the_mean():
@@ -256,10 +257,11 @@ def test_where_few_samples_carry_the_gradient_the_normalised_step_is_longer_than
     indices, weights = gram_omp(gram, target, 12)
     assert sorted(indices.tolist()) == [0, 1, 2, 3]
     np.testing.assert_allclose(weights, 1 / 40)
-    assert matching_residual(gram, target, indices, normalize_weights(weights)) == pytest.approx(9**2)
+    residual = matching_residual(*map(torch.from_numpy, (gram, target, indices, normalize_weights(weights))))
+    assert residual.item() == pytest.approx(9**2)
 
 
 def test_effective_sample_size_is_between_one_and_the_number_of_picks():
-    assert effective_sample_size(np.ones(7)) == pytest.approx(7)
-    assert effective_sample_size(np.array([7.0, 0.0])) == pytest.approx(1)
-    assert effective_sample_size(np.array([3.0, 1.0])) == pytest.approx(1.6)
+    assert effective_sample_size(torch.ones(7)) == pytest.approx(7)
+    assert effective_sample_size(torch.tensor([7.0, 0.0])) == pytest.approx(1)
+    assert effective_sample_size(torch.tensor([3.0, 1.0])) == pytest.approx(1.6)
