@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from composer_gradmatch.solvers.nonnegative import solve_nonnegative
+from composer_gradmatch.solvers.on_device import fixed_omp
 from composer_gradmatch.solvers.problem import Problem
 from composer_gradmatch.solvers.pursuit import solve_omp
 from composer_gradmatch.solvers.scikit_learn import solve_sklearn
@@ -33,6 +34,7 @@ __all__ = [
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 Solver = Literal["omp", "nonnegative", "swap", "sklearn"]
+_NOT_FINITE = "gram and target must be finite; they hold NaN or infinity."
 SOLVERS: tuple[Solver, ...] = ("omp", "nonnegative", "swap", "sklearn")
 
 
@@ -89,6 +91,8 @@ def gram_omp(
             finite.
     """
     if isinstance(gram, torch.Tensor) and isinstance(target, torch.Tensor):
+        if gram.is_cuda and solver == "omp" and tolerance == 0:
+            return _solve_on_device(gram, target, k, ridge)
         indices, weights = _solve(_host(gram), _host(target), k, solver, ridge, tolerance, norm_squared)
         return (
             torch.from_numpy(indices).to(gram.device),
@@ -126,6 +130,29 @@ def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def _check_sizes(gram: tuple[int, ...], target: tuple[int, ...], k: int) -> None:
+    if len(gram) != 2 or gram[0] != gram[1]:
+        raise ValueError(f"gram must be a square matrix (M, M), got shape {gram}.")
+    if target != gram[:1]:
+        raise ValueError(f"target must have shape ({gram[0]},) to go with gram, got {target}.")
+    if isinstance(k, bool) or not isinstance(k, Integral):
+        raise TypeError(f"k must be an integer, got {k!r}.")
+    if not 1 <= k <= gram[0]:
+        raise ValueError(f"k must be between 1 and the number of samples, {gram[0]}; got {k}.")
+
+
+def _solve_on_device(
+    gram: torch.Tensor, target: torch.Tensor, k: int, ridge: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_sizes(tuple(gram.shape), tuple(target.shape), k)
+    check_solver("omp", ridge, 0.0)
+    if not (gram.isfinite().all() and target.isfinite().all()):
+        raise ValueError(_NOT_FINITE)
+    indices, weights = fixed_omp(gram.double(), target.double(), int(k), float(ridge))
+    n = int((weights != 0).cumsum(0).argmax()) + 1 if weights.any() else 0  # Past the last one, pursuit has stopped.
+    return indices[:n], weights[:n].to(gram.dtype if gram.is_floating_point() else torch.float64)
+
+
 def _host(tensor: torch.Tensor) -> np.ndarray:
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
@@ -141,20 +168,13 @@ def _solve(
     norm_squared: float | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Validates the arrays and hands them to a solver."""
-    if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
-        raise ValueError(f"gram must be a square matrix (M, M), got shape {gram.shape}.")
-    if target.shape != gram.shape[:1]:
-        raise ValueError(f"target must have shape ({gram.shape[0]},) to go with gram, got {target.shape}.")
-    if isinstance(k, bool) or not isinstance(k, Integral):
-        raise TypeError(f"k must be an integer, got {k!r}.")
-    if not 1 <= k <= len(target):
-        raise ValueError(f"k must be between 1 and the number of samples, {len(target)}; got {k}.")
+    _check_sizes(tuple(gram.shape), tuple(target.shape), k)
     check_solver(solver, ridge, tolerance)
     if not np.issubdtype(gram.dtype, np.floating):
         gram = gram.astype(np.float64)
     target = np.asarray(target, dtype=np.float64)
     if not (_is_finite(gram) and _is_finite(target)):
-        raise ValueError("gram and target must be finite; they hold NaN or infinity.")
+        raise ValueError(_NOT_FINITE)
     penalty = ridge * float(np.diagonal(gram).mean(dtype=np.float64))
     enough = float("inf")
     if tolerance > 0:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from no_host_sync import HostSyncError, NoHostSync
 
 from composer_gradmatch.match import match_mean_gradient, match_on_device
+from composer_gradmatch.matching import _solve_on_device
 from composer_gradmatch.solvers.on_device import fixed_omp
 from composer_gradmatch.solvers.problem import Problem
 from composer_gradmatch.solvers.pursuit import solve_omp
@@ -136,3 +137,12 @@ def test_the_host_waits_for_nothing():
 def test_this_can_fail(wait):
     with pytest.raises(HostSyncError), NoHostSync():
         wait(torch.ones(5, device="meta"))
+
+
+@pytest.mark.parametrize(("m", "d", "k"), [(40, 60, 12), (40, 5, 30), (4, 0, 2)])
+def test_gram_omp_of_a_gpu_leaves_out_what_weighs_nothing(m, d, k):
+    gram = random_gram(m, d)
+    picks, weights = _solve_on_device(gram, gram.mean(1), k, 0.0)
+    expected, expected_weights = solve_omp(Problem(gram.numpy(), gram.mean(1).numpy(), k))
+    assert picks.tolist() == expected.tolist()
+    np.testing.assert_allclose(weights.numpy(), expected_weights, rtol=1e-7)
