@@ -1,1 +1,1 @@
-"""Speed and memory of our own parts: ``python -m composer_gradmatch.benchmarks memory``."""
+"""Speed, memory and quality of our own parts: ``python -m composer_gradmatch.benchmarks omp|memory|solvers|greedy``."""

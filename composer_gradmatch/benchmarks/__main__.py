@@ -12,6 +12,8 @@ from typing import Any
 
 from composer_gradmatch.benchmarks.memory import measure_memory
 from composer_gradmatch.benchmarks.models import MODELS
+from composer_gradmatch.benchmarks.omp import SIZES, measure_omp
+from composer_gradmatch.benchmarks.solvers import measure_greedy, measure_solvers
 
 __all__ = ["main"]
 
@@ -22,22 +24,57 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: prints a table, and writes it as CSV with ``--out``; returns the exit code."""
+def _size(text: str) -> tuple[int, int]:
+    samples, _, picks = text.partition(",")
+    size = _positive(samples), _positive(picks)
+    if size[1] > size[0]:
+        raise argparse.ArgumentTypeError(f"expected m of at most M in M,m; got {text!r}")
+    return size
+
+
+def _parser() -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(add_help=False)
+    out.add_argument("--out", type=Path, metavar="FILE", help="a CSV file for the table")
     parser = argparse.ArgumentParser(prog="python -m composer_gradmatch.benchmarks")
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
-    memory = benchmarks.add_parser("memory", help="peak memory of the selection pass and of the training step")
+    omp = benchmarks.add_parser("omp", parents=[out], help="matching pursuit beside the peers that are installed")
+    omp.add_argument("--sizes", nargs="+", type=_size, default=SIZES, metavar="M,m", help="default: %(default)s")
+    omp.add_argument("--rounds", type=_positive, default=15, help="turns of each, of five calls; default: %(default)s")
+    memory = benchmarks.add_parser(
+        "memory", parents=[out], help="peak memory of the selection pass and of the training step"
+    )
     memory.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     memory.add_argument("--samples", nargs="+", type=_positive, default=[], metavar="M", help="default: each model's")
     memory.add_argument("--picks", type=_positive, metavar="m", help="default: each model's")
-    memory.add_argument("--out", type=Path, metavar="FILE", help="a CSV file for the table")
+    solvers = benchmarks.add_parser("solvers", parents=[out], help="error and time of each solver")
+    solvers.add_argument("--samples", type=_positive, default=128, metavar="M", help="default: %(default)s")
+    greedy = benchmarks.add_parser("greedy", parents=[out], help="error of each solver relative to the exact optimum's")
+    greedy.add_argument("--samples", type=_positive, default=16, metavar="M", help="at most 16; default: %(default)s")
+    for each, count in ((solvers, 20), (greedy, 50)):
+        each.add_argument("--minibatches", type=_positive, default=count, help="default: %(default)s")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: prints a table, and writes it as CSV with ``--out``; returns the exit code."""
+    parser = _parser()
     arguments = parser.parse_args(argv)
-    smallest = min(arguments.samples or [size for name in arguments.models for size in MODELS[name].samples])
-    if arguments.picks is not None and arguments.picks >= smallest:
-        parser.error(f"--picks: expected fewer than the smallest minibatch, {smallest}; got {arguments.picks}")
-    # Fewer samples than a microbatch, or other work that keeps what it selects: said of each step.
-    warnings.filterwarnings("ignore", "Cannot split tensor of length", UserWarning)
-    rows = measure_memory(arguments.models, arguments.samples, arguments.picks)
+    if arguments.benchmark == "omp":
+        rows = measure_omp(arguments.sizes, arguments.rounds)
+    elif arguments.benchmark == "solvers":
+        rows = measure_solvers(arguments.samples, count=arguments.minibatches)
+    elif arguments.benchmark == "greedy":
+        if not 2 <= arguments.samples <= 16:
+            parser.error(f"--samples: expected 2 to 16, for all subsets to be tried; got {arguments.samples}")
+        picks = sorted({max(1, arguments.samples * i // 8) for i in (1, 2, 3, 4)})
+        rows = measure_greedy(arguments.samples, picks, arguments.minibatches)
+    else:
+        smallest = min(arguments.samples or [size for name in arguments.models for size in MODELS[name].samples])
+        if arguments.picks is not None and arguments.picks >= smallest:
+            parser.error(f"--picks: expected fewer than the smallest minibatch, {smallest}; got {arguments.picks}")
+        # Fewer samples than a microbatch, or other work that keeps what it selects: said of each step.
+        warnings.filterwarnings("ignore", "Cannot split tensor of length", UserWarning)
+        rows = measure_memory(arguments.models, arguments.samples, arguments.picks)
     print(_table(rows))
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -48,8 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return str(value)
+
+
 def _table(rows: Sequence[dict[str, Any]]) -> str:
-    cells = [list(rows[0]), *([f"{v:.0f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)]
+    cells = [list(rows[0]), *([_shown(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
 
