@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from composer_gradmatch.solvers.problem import DEPENDENT
+from composer_gradmatch.solvers.problem import dependence
 
 __all__ = ["fixed_omp"]
 
@@ -42,14 +42,9 @@ def fixed_omp(
     return _loop(gram, target, k, ridge)
 
 
-def _dependent(dtype: torch.dtype) -> float:
-    """The share of its squared norm below which a sample is linearly dependent, at least what rounding leaves."""
-    return max(DEPENDENT, 32 * torch.finfo(dtype).eps)
-
-
 def _loop(gram: torch.Tensor, target: torch.Tensor, k: int, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
     """The partial Cholesky form of :class:`.Pursuit`, with a flag for whether it is still going on."""
-    m, dependent = len(target), _dependent(gram.dtype)
+    m, dependent = len(target), dependence(gram.dtype)
     penalty = ridge * gram.diagonal().mean()
     diagonal = gram.diagonal() + penalty
     norm = diagonal.clamp(min=0).sqrt()

@@ -8,11 +8,13 @@ stay in the L2 cache. Threads read what others have written to Q, so each step h
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 import triton
 import triton.language as tl
 
-from composer_gradmatch.solvers.problem import DEPENDENT
+from composer_gradmatch.solvers.problem import dependence
 
 __all__ = ["omp_in_one_kernel"]
 
@@ -33,9 +35,10 @@ def _omp_kernel(
     k,
     row_stride,
     column_stride,
-    ridge,
-    dependent,
-    rounding_unit,
+    ridge_high,
+    ridge_low,
+    DEPENDENCE: tl.constexpr,
+    ROUNDING: tl.constexpr,
     COLUMNS: tl.constexpr,
     TILE: tl.constexpr,
     PICKS: tl.constexpr,
@@ -43,15 +46,18 @@ def _omp_kernel(
     columns = tl.arange(0, COLUMNS)
     inside = columns < m
     diagonal = tl.load(gram + columns.to(tl.int64) * (row_stride + column_stride), mask=inside, other=0.0)
-    penalty = ridge * (tl.sum(diagonal, axis=0) / m)
+    mean = tl.sum(diagonal, axis=0) / m
+    penalty = ridge_high * mean + ridge_low * mean
     diagonal = tl.where(inside, diagonal + penalty, 0.0)
     norm = tl.sqrt(tl.maximum(diagonal, 0.0))
     alpha = tl.load(target + columns, mask=inside, other=0.0)
     positive = norm > 0.0
     correlation = tl.where(positive, tl.abs(alpha) / tl.where(positive, norm, 1.0), 0.0)
-    floor = tl.maximum(dependent * tl.max(correlation, axis=0), rounding_unit * tl.max(norm, axis=0)) * norm
+    floor = tl.maximum(DEPENDENCE * tl.max(correlation, axis=0), ROUNDING * tl.max(norm, axis=0)) * norm
     unpicked = inside
-    active = tl.sum(inside.to(tl.int32), axis=0) > 0  # True, but not a constant: it changes in the loop.
+    # A maximum passes over NaN on a GPU; the floor it gives would not be one.
+    broken = (diagonal != diagonal) | (correlation != correlation)
+    active = tl.sum(broken.to(tl.int32), axis=0) == 0
     offsets = tl.arange(0, TILE)
 
     for j in range(k):
@@ -76,7 +82,7 @@ def _omp_kernel(
             row -= tl.sum(factor[:, None] * tile, axis=0)
         chosen = columns == pick
         pivot = tl.sum(tl.where(chosen, row, 0.0), axis=0) + penalty
-        active = active & (pivot > dependent * tl.sum(tl.where(chosen, diagonal, 0.0), axis=0))
+        active = active & (pivot > DEPENDENCE * tl.sum(tl.where(chosen, diagonal, 0.0), axis=0))
         # A sample that is dependent ends the pursuit, and is then one of the first that are not picked.
         pick = tl.where(active, pick, first)
         root = tl.sqrt(tl.where(active, pivot, 1.0))
@@ -124,26 +130,30 @@ def omp_in_one_kernel(
     picks = torch.empty(k, dtype=torch.int64, device=gram.device)
     eps = torch.finfo(gram.dtype).eps
     columns = max(32, triton.next_power_of_2(m))
-    _omp_kernel[(1,)](
-        gram,
-        target.contiguous(),
-        rows,
-        z,
-        pivots,
-        picks,
-        weights,
-        m,
-        k,
-        gram.stride(0),
-        gram.stride(1),
-        ridge,
-        max(DEPENDENT, 32 * eps),
-        8 * eps,
-        COLUMNS=columns,
-        TILE=max(1, min(32, _TILE // columns)),
-        PICKS=triton.next_power_of_2(k),
-        num_warps=min(16, max(4, columns // 32)),  # pyright: ignore[reportCallIssue]
-        # No load may run ahead of a barrier.
-        num_stages=1,  # pyright: ignore[reportCallIssue]
-    )
+    # Triton passes numbers in single precision, of which two hold one in double.
+    ridge_high = ctypes.c_float(ridge).value
+    with torch.cuda.device_of(gram):  # Triton launches on the current device.
+        _omp_kernel[(1,)](
+            gram,
+            target.contiguous(),
+            rows,
+            z,
+            pivots,
+            picks,
+            weights,
+            m,
+            k,
+            gram.stride(0),
+            gram.stride(1),
+            ridge_high,
+            ridge - ridge_high,
+            DEPENDENCE=dependence(gram.dtype),
+            ROUNDING=8 * eps,
+            COLUMNS=columns,
+            TILE=max(1, min(32, _TILE // columns)),
+            PICKS=triton.next_power_of_2(k),
+            num_warps=min(16, max(4, columns // 32)),  # pyright: ignore[reportCallIssue]
+            # No load may run ahead of a barrier.
+            num_stages=1,  # pyright: ignore[reportCallIssue]
+        )
     return picks, weights

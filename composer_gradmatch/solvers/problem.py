@@ -5,12 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-__all__ = ["DEPENDENT", "Problem"]
+__all__ = ["DEPENDENT", "Problem", "dependence"]
 
 #: Relative to a sample's own squared norm: below this, what is left of its gradient outside the span of the
 #: picked ones is rounding error. Gradients come from float32 or bfloat16 forward passes, far above it.
 DEPENDENT = 1e-10
+
+
+def dependence(dtype: torch.dtype) -> float:
+    """:data:`DEPENDENT` for arithmetic in this dtype: at least what rounding leaves of a dependent sample.
+
+    Args:
+        dtype (torch.dtype): float64 or float32.
+    """
+    # k products are subtracted from the squared norm, each rounded by eps of it at most. At random that adds up to
+    # √k, which is 32 for the most picks of one kernel.
+    return max(DEPENDENT, 32 * torch.finfo(dtype).eps)
 
 
 @dataclass(frozen=True)
