@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
@@ -129,6 +132,13 @@ def test_the_host_waits_for_nothing():
         lambda x: bool(x.any()),
         lambda x: x[x > 0],
         lambda x: x.nonzero(),
+        lambda x: x.masked_select(x > 0),
+        lambda x: x.tolist(),
+        lambda x: x.unique(),
+        lambda x: x.equal(x),
+        lambda x: 1 if x.any() else 0,
+        lambda x: torch.arange(5, device=x.device).repeat_interleave(x.long()),
+        lambda x: torch.linalg.cholesky(x.diag()),
         lambda x: x.cpu(),
         lambda x: x[torch.zeros(2, dtype=torch.int64, device="cpu")],
         lambda x: torch.zeros(5).to(x.device),
@@ -139,6 +149,18 @@ def test_this_can_fail(wait):
         wait(torch.ones(5, device="meta"))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_any_garbage_gives_legal_distinct_picks(value, dtype):
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        gram = torch.from_numpy(rng.standard_normal((9, 9))).to(dtype)
+        gram[torch.from_numpy(rng.random((9, 9)) < rng.choice([0.02, 0.2, 1.0]))] = value
+        target = gram.mean(1) if seed % 2 else torch.from_numpy(rng.standard_normal(9)).to(dtype)
+        picks, _ = fixed_omp(gram, target, 9, ridge=seed % 3 / 10)
+        assert sorted(picks.tolist()) == list(range(9))
+
+
 @pytest.mark.parametrize(("m", "d", "k"), [(40, 60, 12), (40, 5, 30), (4, 0, 2)])
 def test_gram_omp_of_a_gpu_leaves_out_what_weighs_nothing(m, d, k):
     gram = random_gram(m, d)
@@ -146,3 +168,19 @@ def test_gram_omp_of_a_gpu_leaves_out_what_weighs_nothing(m, d, k):
     expected, expected_weights = solve_omp(Problem(gram.numpy(), gram.mean(1).numpy(), k))
     assert picks.tolist() == expected.tolist()
     np.testing.assert_allclose(weights.numpy(), expected_weights, rtol=1e-7)
+
+
+class OfGPU(torch.Tensor):
+    is_cuda = True
+
+
+def test_without_triton_a_gpu_takes_the_loop(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "composer_gradmatch.solvers.one_kernel", raising=False)
+    with pytest.raises(ImportError):
+        import_module("composer_gradmatch.solvers.one_kernel")
+    gram = random_gram(30, 40)
+    expected, expected_weights = fixed_omp(gram, gram.mean(1), 9)
+    picks, weights = fixed_omp(gram.as_subclass(OfGPU), gram.mean(1), 9)
+    assert picks.tolist() == expected.tolist()
+    assert weights.tolist() == expected_weights.tolist()
