@@ -18,8 +18,9 @@ def gram_of(m, d=None):
     return torch.from_numpy(gradients @ gradients.T)
 
 
-def assert_is_the_hosts(result, gram, k):
-    expected, weights = solve_omp(Problem(gram.numpy(), gram.mean(1).numpy(), k))
+def assert_is_the_hosts(result, gram, k, ridge=0.0):
+    penalty = ridge * gram.diagonal().mean().item()
+    expected, weights = solve_omp(Problem(gram.numpy(), gram.mean(1).numpy(), k, penalty))
     picks, actual = (tensor.cpu() for tensor in result)
     n = len(expected)
     assert picks[:n].tolist() == expected.tolist()
@@ -43,6 +44,78 @@ def test_where_pursuit_stops_early_the_rest_weighs_nothing():
     gram = gram_of(200, 30)
     on_gpu = gram.cuda()
     assert_is_the_hosts(fixed_omp(on_gpu, on_gpu.mean(1), 100), gram, 100)
+
+
+@pytest.mark.parametrize("solve", [fixed_omp, _loop])
+def test_ridge(solve):
+    """0.1 is not a number of single precision, in which Triton passes numbers."""
+    gram = gram_of(128)
+    on_gpu = gram.cuda()
+    assert_is_the_hosts(solve(on_gpu, on_gpu.mean(1), 64, 0.1), gram, 64, 0.1)
+
+
+@pytest.mark.parametrize("solve", [fixed_omp, _loop])
+@pytest.mark.parametrize("m", [5, 200, 1024, 1100])
+def test_of_equal_samples_the_first_is_picked(solve, m):
+    gram = torch.eye(m, dtype=torch.float64, device="cuda")
+    picks, _ = solve(gram, torch.ones_like(gram[0]), 5, 0.0)
+    assert picks.tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("solve", [fixed_omp, _loop])
+def test_zeros_give_the_first_samples_with_weight_zero(solve):
+    gram = torch.zeros(70, 70, dtype=torch.float64, device="cuda")
+    picks, weights = solve(gram, gram[0], 3, 0.0)
+    assert picks.tolist() == [0, 1, 2]
+    assert weights.tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("i", "j"), [(3, 5), (4, 4)])
+def test_numbers_that_are_not_finite_give_the_same_legal_picks(value, i, j):
+    """Where the kernel and the loop could differ: maxima on a GPU pass over NaN."""
+    gram = gram_of(60)
+    finite = gram.mean(1).cuda()
+    gram[i, j] = gram[j, i] = value
+    gram = gram.cuda()
+    for target in (gram.mean(1), finite):
+        picks, _ = fixed_omp(gram, target, 20)
+        assert picks.tolist() == _loop(gram, target, 20, 0.0)[0].tolist()
+        assert len(set(picks.tolist())) == 20
+        assert all(0 <= pick < 60 for pick in picks.tolist())
+
+
+def test_the_result_is_the_same_each_time():
+    """A thread that read what another had not yet written would tell now and then."""
+    gram = gram_of(1000).cuda()
+    target = gram.mean(1)
+    expected, expected_weights = fixed_omp(gram, target, 300)
+    for _ in range(50):
+        torch.empty(300 * 1000, dtype=torch.float64, device="cuda").fill_(float("nan"))  # What the kernel gets as Q.
+        picks, weights = fixed_omp(gram, target, 300)
+        assert torch.equal(picks, expected)
+        assert torch.equal(weights, expected_weights)
+
+
+def test_strides_are_followed_and_inputs_not_modified():
+    wide = torch.zeros(90, 180, dtype=torch.float64, device="cuda")
+    gram = gram_of(90)
+    wide[:, ::2] = gram.cuda()
+    target = torch.stack([gram.mean(1)] * 2, dim=1).cuda()[:, 0]
+    copies = wide.clone(), target.clone()
+    assert_is_the_hosts(fixed_omp(wide[:, ::2], target, 20), gram, 20)
+    assert torch.equal(wide, copies[0])
+    assert torch.equal(target, copies[1])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_device_that_is_not_the_current_one():
+    gram = gram_of(64)
+    elsewhere = gram.to("cuda:1")
+    with torch.cuda.device(0):
+        result = fixed_omp(elsewhere, elsewhere.mean(1), 12)
+    assert result[0].device == result[1].device == elsewhere.device
+    assert_is_the_hosts(result, gram, 12)
 
 
 def test_float32():
@@ -79,6 +152,20 @@ def test_the_host_waits_for_nothing_from_inputs_and_gradients_to_weights():
     assert match.weights.sum().item() == pytest.approx(12)
 
 
+@pytest.mark.parametrize("solve", [fixed_omp, _loop])
+def test_the_host_does_not_wait_for_a_solver(solve):
+    gram = gram_of(128).cuda()
+    target = gram.mean(1)
+    solve(gram, target, 12, 0.1)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = solve(gram, target, 12, 0.1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_is_the_hosts(result, gram.cpu(), 12, 0.1)
+
+
 def test_the_kernel_is_a_single_launch():
     pytest.importorskip("triton")
     gram = gram_of(128).cuda()
@@ -96,6 +183,7 @@ def test_a_cuda_graph_holds_the_loop():
     gram = gram_of(1100).cuda()
     target = gram.mean(1)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         _loop(gram, target, 20, 0.0)
     torch.cuda.synchronize()
