@@ -173,9 +173,9 @@ def _solve(
     if not np.issubdtype(gram.dtype, np.floating):
         gram = gram.astype(np.float64)
     target = np.asarray(target, dtype=np.float64)
-    if not (_is_finite(gram) and _is_finite(target)):
+    if not (np.isfinite(gram).all() and np.isfinite(target).all()):
         raise ValueError(_NOT_FINITE)
-    penalty = ridge * float(np.diagonal(gram).mean(dtype=np.float64))
+    penalty = ridge * float(np.diagonal(gram).mean(dtype=np.float64)) if ridge else 0.0
     enough = float("inf")
     if tolerance > 0:
         matched = float(target.mean()) if norm_squared is None else float(norm_squared)
@@ -187,12 +187,6 @@ def _solve(
         enough = (1 - tolerance) * matched
     rows = gram if gram.flags.c_contiguous else gram.T  # K is symmetric: of the two the one with its rows in memory.
     return _solver(solver)(Problem(rows, target, int(k), penalty, enough))
-
-
-def _is_finite(array: np.ndarray) -> bool:
-    # The sum tells at once, unless it overflows.
-    with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.isfinite(array.sum()) or np.isfinite(array).all())
 
 
 @cache

@@ -42,7 +42,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "builders": {"config", "data", "models", *ALGORITHMS},
     "train": {"builders", "config", "passes", "run_summary"},
     "studies": {"studies", "train", "builders", "config", "data", "run_summary", *MEASURED},
-    "benchmarks": {"benchmarks", "builders", "last_layer", "match", "solvers", *composer_gradmatch.__all__},
+    "benchmarks": {
+        "benchmarks",
+        "builders",
+        "data",
+        "models",
+        "last_layer",
+        "match",
+        "solvers",
+        *composer_gradmatch.__all__,
+    },
     "__init__": {"matching", "last_layer", "passes", *ALGORITHMS},
 }
 

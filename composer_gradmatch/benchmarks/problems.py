@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from composer_gradmatch.builders import build_named
+from composer_gradmatch.data import digits
 from composer_gradmatch.last_layer import OutputLayerTap, last_layer_gram, resolve_output_layer
+from composer_gradmatch.models import digits_cnn
 
 __all__ = ["PROBLEMS", "gram_matrices"]
 
@@ -42,11 +43,11 @@ def gram_matrices(name: str, num_samples: int, count: int, seed: int = 0) -> Ite
 
 
 def _of_digits(num_samples: int, count: int, epochs: int) -> Iterator[torch.Tensor]:
-    model = build_named("model", {"name": "digits_cnn", "num_classes": _CLASSES})
-    digits = build_named("data", {"name": "digits", "split": "train"})
+    model = digits_cnn(_CLASSES)
+    images_and_labels = digits("train")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
     for _ in range(epochs):
-        for images, labels in DataLoader(digits, batch_size=128, shuffle=True, drop_last=True):
+        for images, labels in DataLoader(images_and_labels, batch_size=128, shuffle=True, drop_last=True):
             optimizer.zero_grad()
             F.cross_entropy(model((images, labels)), labels).backward()
             optimizer.step()
@@ -54,7 +55,7 @@ def _of_digits(num_samples: int, count: int, epochs: int) -> Iterator[torch.Tens
     layer = resolve_output_layer(model, layers[-1])
     given = 0
     while given < count:
-        for images, labels in DataLoader(digits, batch_size=num_samples, shuffle=True, drop_last=True):
+        for images, labels in DataLoader(images_and_labels, batch_size=num_samples, shuffle=True, drop_last=True):
             if given == count:
                 return
             with OutputLayerTap(layer).open() as tap:

@@ -65,16 +65,25 @@ def _largest(values: np.ndarray) -> float:
 
 
 @_jit()
+def _floor(diagonal: np.ndarray, target: np.ndarray, dependent: float) -> np.ndarray:
+    """What :meth:`.Problem.floor` says."""
+    norm = np.sqrt(np.maximum(diagonal, 0.0))
+    longest = strongest = 0.0
+    for x in range(len(norm)):
+        if norm[x] > 0:
+            longest = max(longest, norm[x])
+            strongest = max(strongest, abs(target[x]) / norm[x])
+    return max(dependent * strongest, 8 * np.finfo(np.float64).eps * longest) * norm
+
+
+@_jit()
 def _omp(
-    gram: np.ndarray,
-    target: np.ndarray,
-    k: int,
-    ridge: float,
-    enough: float,
-    diagonal: np.ndarray,
-    floor: np.ndarray,
-    dependent: float,
+    gram: np.ndarray, target: np.ndarray, k: int, ridge: float, enough: float, dependent: float
 ) -> tuple[np.ndarray, np.ndarray]:
+    diagonal = np.empty(len(target))
+    for x in range(len(target)):
+        diagonal[x] = gram[x, x] + ridge
+    floor = _floor(diagonal, target, dependent)
     order = np.flatnonzero(diagonal > 0)
     live = len(order)
     alpha, least = target[order], floor[order]
@@ -138,13 +147,4 @@ def solve_compiled(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         tuple: Picks (n,), int64, and weights γ (n,), float64.
     """
-    return _omp(
-        problem.gram,
-        problem.target,
-        problem.k,
-        problem.ridge,
-        problem.enough,
-        problem.diagonal(),
-        problem.floor(),
-        DEPENDENT,
-    )
+    return _omp(problem.gram, problem.target, problem.k, problem.ridge, problem.enough, DEPENDENT)
