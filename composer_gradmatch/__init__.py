@@ -39,6 +39,8 @@ _ROOMS = {
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS.values():
+        return import_module(f"{__name__}.{name}")
     if name not in _ROOMS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)

@@ -125,7 +125,7 @@ class GradMatch(TwoPassBackprop):
     Gram matrix (eq. 4) goes to orthogonal matching pursuit (Algorithm 2), and the picked samples replace
     ``state.batch``. On ``Event.AFTER_LOSS`` the loss of each microbatch becomes its weighted loss. The pass
     leaves buffers and random number generators as they were. A minibatch whose last-layer gradients are not
-    finite, or are all zero, is trained whole.
+    finite, or whose mean is zero, is trained whole.
 
     On a GPU, with ``solver="omp"`` and no tolerance, the host does not wait for the selection: there are always m
     picks, some of weight zero where matching pursuit stops early; and of a minibatch that cannot be matched m samples
@@ -157,7 +157,9 @@ class GradMatch(TwoPassBackprop):
         ridge (float, optional): A penalty on the weights, λ‖w‖² with λ relative to the mean squared norm of the
             samples' gradients, which makes them more even. Default: ``0.0``.
         tolerance (float, optional): Picks no more samples once the squared error of the match is at most this share
-            of ‖ḡ‖², in [0, 1), so that the number of picks, at most m, adapts to the minibatch. Default: ``0.0``.
+            of ‖ḡ‖², in [0, 1), so that the number of picks, at most m, adapts to the minibatch. That is the error of
+            the least-squares weights, any ridge penalty included; clipped and normalised weights have a larger one,
+            which is logged as ``matching_residual``. Default: ``0.0``.
         selection_microbatch_size (int | str, optional): Samples at a time in the selection pass: a number, ``"auto"``,
             or ``None`` for the training step's; see :class:`.TwoPassBackprop`. Default: ``None``.
         selection_precision (str | Precision, optional): The precision of the selection pass, e.g. ``"amp_bf16"``;

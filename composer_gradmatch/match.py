@@ -81,8 +81,9 @@ def match_on_device(gram: torch.Tensor, num_picks: int, *, ridge: float = 0.0) -
     """Picks on the device of the Gram matrix, which the host does not wait for.
 
     So there are always m picks: with weight zero where matching pursuit stops early or its weight is clipped, and
-    with weights one if there is nothing to match. The weights sum to m, and the weighted mean over the m samples is
-    that over the samples of positive weight.
+    with weights one if there is nothing to match. The weights sum to m, so the weighted mean over the m samples is
+    that over the samples of positive weight. Samples of weight zero still count where a batch counts its samples by
+    other means: in BatchNorm's statistics, and in a loss divided by its class weights or labelled positions.
 
     Args:
         gram (torch.Tensor): K of the samples' last-layer gradients, shape (M, M), float64; finite or not.
@@ -97,7 +98,7 @@ def match_on_device(gram: torch.Tensor, num_picks: int, *, ridge: float = 0.0) -
         indices, weights = fixed_omp(gram, target, num_picks, ridge)
     clipped = weights.clamp(min=0)
     largest = clipped.max()
-    found = gram.isfinite().all() & largest.isfinite() & (largest > 0)
+    found = gram.isfinite().all() & (largest > 0)
     clipped = clipped / largest
     weights = torch.where(found, clipped * (num_picks / clipped.sum()), 1.0)
     return Match(indices, weights, matching_residual(gram, target, indices, weights), found)

@@ -58,12 +58,13 @@ def gram_omp(
 
     - ``"omp"``: a step picks the largest α, signed, and no sample twice. It stops early, with fewer than ``k``
       picks, when no sample is left with α > 0, or when the next sample is linearly dependent on the picked ones.
-      Weights can come out negative. Compiled where numba is installed; numpy arrays and torch tensors on the CPU
-      are not copied; on a GPU the work is done there (:func:`.fixed_omp`), and only the number of picks is asked.
+      Weights can come out negative. Compiled where numba is installed; float64 and float32 arrays, and tensors on
+      the CPU, are not copied; on a GPU the work is done there (:func:`.fixed_omp`), and only the number of picks is
+      asked.
     - ``"nonnegative"``: the same, but the weights of each step are the best non-negative ones, and a sample whose
       weight becomes zero is not a pick any more (:func:`.solve_nonnegative`).
     - ``"swap"``: ``"omp"``, then the best exchange of a picked for an unpicked sample for as long as the error falls
-      (:func:`.solve_swap`).
+      (:func:`.solve_swap`). Like ``"nonnegative"`` it takes milliseconds at M = 128, but seconds at M = 1024.
     - ``"sklearn"``: :func:`sklearn.linear_model.orthogonal_mp_gram`, which the paper's experiments used: it picks the
       α of largest magnitude, so that weights can come out negative.
 
@@ -76,7 +77,8 @@ def gram_omp(
         solver (str, optional): ``"omp"``, ``"nonnegative"``, ``"swap"`` or ``"sklearn"``. Default: ``"omp"``.
         ridge (float, optional): λ relative to the mean of K's diagonal, at least 0. Default: ``0.0``.
         tolerance (float, optional): Stops at the first step whose error, ‖Σᵢ wᵢgᵢ − ḡ‖² + λ‖w‖², is at most
-            ``tolerance`` times ‖ḡ‖², in [0, 1); 0 to make ``k`` picks however small it is. Default: ``0.0``.
+            ``tolerance`` times ‖ḡ‖², in [0, 1); 0 to make ``k`` picks however small it is. A large ``ridge`` can keep
+            the error above it. Default: ``0.0``.
         norm_squared (float, optional): ‖ḡ‖², for the tolerance; None where the target is the row means of K, and
             ‖ḡ‖² is their mean. Default: ``None``.
 
@@ -170,7 +172,11 @@ def _solve(
     """Validates the arrays and hands them to a solver."""
     _check_sizes(tuple(gram.shape), tuple(target.shape), k)
     check_solver(solver, ridge, tolerance)
-    if not np.issubdtype(gram.dtype, np.floating):
+    if norm_squared is not None and not (_is_number(norm_squared) and 0 <= norm_squared < float("inf")):
+        raise ValueError(f"norm_squared must be a number >= 0, ‖ḡ‖² of what is matched; got {norm_squared!r}.")
+    if np.issubdtype(gram.dtype, np.complexfloating) or np.issubdtype(target.dtype, np.complexfloating):
+        raise ValueError(f"gram and target must be real, got {gram.dtype} and {target.dtype}.")
+    if gram.dtype.str[1:] not in ("f8", "f4") or gram.dtype.newbyteorder("=") != gram.dtype:
         gram = gram.astype(np.float64)
     target = np.asarray(target, dtype=np.float64)
     if not (np.isfinite(gram).all() and np.isfinite(target).all()):
@@ -178,13 +184,8 @@ def _solve(
     penalty = ridge * float(np.diagonal(gram).mean(dtype=np.float64)) if ridge else 0.0
     enough = float("inf")
     if tolerance > 0:
-        matched = float(target.mean()) if norm_squared is None else float(norm_squared)
-        if not 0 <= matched < float("inf"):
-            raise ValueError(
-                f"The squared norm of what is matched must be a number >= 0, got {matched}. Pass norm_squared "
-                "where the target is not the row means of gram."
-            )
-        enough = (1 - tolerance) * matched
+        # The mean of row means that cancel can come out below zero; there is nothing to match, then.
+        enough = (1 - tolerance) * (max(0.0, float(target.mean())) if norm_squared is None else norm_squared)
     rows = gram if gram.flags.c_contiguous else gram.T  # K is symmetric: of the two the one with its rows in memory.
     return _solver(solver)(Problem(rows, target, int(k), penalty, enough))
 

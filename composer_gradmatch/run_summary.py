@@ -25,6 +25,7 @@ class RunSummary(LoggerDestination):
         self.best: dict[str, float] = {}
         self.last: dict[str, float] = {}
         self.trained_whole = 0
+        self.not_matched = 0
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Counts the samples that are left after selection."""
@@ -40,6 +41,8 @@ class RunSummary(LoggerDestination):
                     self.sums[kind] = (total + float(value), count + 1)
             elif kind == "batches_trained_whole":
                 self.trained_whole = int(value)
+            elif kind == "batches_not_matched":
+                self.not_matched = int(value)
             elif key.startswith("metrics/") and not key.startswith("metrics/train/"):
                 self.last[key] = float(value)
                 self.best[key] = max(self.best.get(key, float("-inf")), float(value))
@@ -79,5 +82,7 @@ class RunSummary(LoggerDestination):
                 rows.append((names[kind], f"{total / count:.3g}"))
         if self.trained_whole:
             rows.append(("batches trained whole", f"{self.trained_whole:,}"))
+        if self.not_matched:
+            rows.append(("batches not matched", f"{self.not_matched:,}"))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

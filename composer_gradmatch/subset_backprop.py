@@ -119,7 +119,7 @@ class SubsetBackprop(Algorithm):
         self._picked_batch: Any = None
         self._microbatch_weights: torch.Tensor | None = None
         # Logged when the step is over: a value on a GPU makes the host wait for the work before it.
-        self._to_log: tuple[dict[str, float | torch.Tensor], torch.Tensor | None, int] | None = None
+        self._to_log: tuple[dict[str, float | torch.Tensor], torch.Tensor, int] | None = None
 
     @abstractmethod
     def _select(self, state: State, num_samples: int, num_picks: int) -> Selection | WholeBatch:
@@ -150,7 +150,7 @@ class SubsetBackprop(Algorithm):
         if event in (Event.BATCH_START, Event.BEFORE_FORWARD, Event.AFTER_LOSS):
             return self._weights is not None
         if event == Event.BATCH_END:
-            return self._to_log is not None
+            return self._weights is not None or self._to_log is not None
         return False
 
     def _is_scheduled(self, state: State) -> bool:
@@ -183,7 +183,8 @@ class SubsetBackprop(Algorithm):
         elif event == Event.AFTER_LOSS:
             self._after_loss(state)
         elif event == Event.BATCH_END:
-            self._log(logger)
+            if self._to_log is not None:
+                self._log_step_before(logger)
             self._clear_weights()
 
     def _check_setup(self, state: State) -> None:
@@ -276,20 +277,27 @@ class SubsetBackprop(Algorithm):
             "estimated_cost": (num_samples / 3 * self.two_passes + n) / num_samples,
             "selection_time": time.perf_counter() - started,
         }
-        self._to_log = metrics, selection.matched, int(state.timestamp.batch)
+        if selection.matched is None:
+            self._log(logger, metrics)
+        else:
+            self._to_log = metrics, selection.matched, int(state.timestamp.batch)
 
-    def _log(self, logger: Logger) -> None:
-        """Logs the selection of the step that is over, as of that step."""
+    def _log(self, logger: Logger, metrics: Mapping[str, float | torch.Tensor], step: int | None = None) -> None:
+        logger.log_metrics({f"{self.log_name}/{key}": float(value) for key, value in metrics.items()}, step)
+
+    def _log_step_before(self, logger: Logger) -> None:
+        """Logs what was selected on a device, as of its step, once that is over."""
         assert self._to_log is not None
         metrics, matched, step = self._to_log
-        if matched is not None and not matched:
+        if not matched:
             self.batches_not_matched += 1
+            metrics = {key: metrics[key] for key in ("estimated_cost", "selection_time")}
             metrics["batches_not_matched"] = self.batches_not_matched
             self._warn_once(
-                "a minibatch has last-layer gradients that are not finite, or all zero; of it and others like it "
-                "m samples are trained with weights one."
+                "a minibatch has last-layer gradients that are not finite, or whose mean is zero; of it and others "
+                "like it m samples are trained with weights one."
             )
-        logger.log_metrics({f"{self.log_name}/{key}": float(value) for key, value in metrics.items()}, step)
+        self._log(logger, metrics, step)
 
     def _same_on_all_ranks(self, state: State, num_samples: int) -> bool:
         """Whether a batch of ``num_samples`` here makes as many microbatches as the other ranks' batches there."""

@@ -144,9 +144,9 @@ def measure_greedy(num_samples: int = 16, picks: Sequence[int] = (2, 4, 6, 8), c
                         "M": num_samples,
                         "m": m,
                         "solver": name,
-                        "mean ratio": statistics.mean(ratios),
-                        "worst ratio": max(ratios),
-                        "optimal": statistics.mean(ratio < 1 + 1e-6 for ratio in ratios),
+                        "mean ratio": statistics.mean(ratios or [float("nan")]),
+                        "worst ratio": max(ratios, default=float("nan")),
+                        "optimal": statistics.mean([ratio < 1 + 1e-6 for ratio in ratios] or [float("nan")]),
                     }
                 )
     return rows

@@ -1,4 +1,4 @@
-"""Orthogonal matching pursuit as machine code, by numba: the same picks as :func:`.solve_omp`.
+"""Orthogonal matching pursuit as machine code, by numba: the picks of :func:`.solve_omp`, but for duplicates.
 
 Q is kept as its transpose: a row for each sample that is not picked, of its entries in the order of the picks.
 The product of a step then streams through exactly the numbers it needs, several rows at a time against one row
@@ -7,14 +7,21 @@ of L in the innermost cache, and giving up the picked sample's row is one short 
 
 from __future__ import annotations
 
+import pickle
+import warnings
 from typing import Any
 
 import numba
 import numpy as np
+from numba.core.errors import NumbaError
 
 from composer_gradmatch.solvers.problem import DEPENDENT, Problem
+from composer_gradmatch.solvers.pursuit import solve_omp
 
 __all__ = ["solve_compiled"]
+
+#: What kept numba from its work, once it did.
+_failures: list[Exception] = []
 
 
 def _jit(**options: Any) -> Any:
@@ -141,10 +148,23 @@ def _omp(
 def solve_compiled(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     """Algorithm 2, picking by the largest signed α; compiled at its first call, for each dtype and layout of K.
 
+    Where numba fails, most likely over its cache on disk, warns of it once and goes on in numpy.
+
     Args:
         problem (Problem): K, t and when to stop.
 
     Returns:
         tuple: Picks (n,), int64, and weights γ (n,), float64.
     """
-    return _omp(problem.gram, problem.target, problem.k, problem.ridge, problem.enough, DEPENDENT)
+    if not _failures:
+        try:
+            return _omp(problem.gram, problem.target, problem.k, problem.ridge, problem.enough, DEPENDENT)
+        except (OSError, EOFError, pickle.PickleError, NumbaError) as error:
+            _failures.append(error)
+            warnings.warn(
+                f"Matching pursuit could not be compiled ({type(error).__name__}: {error}) and goes on in numpy. If "
+                "numba's cache is broken or its disk full, clear it: NUMBA_CACHE_DIR, or the folder __pycache__ beside "
+                f"{__file__}.",
+                stacklevel=2,
+            )
+    return solve_omp(problem)

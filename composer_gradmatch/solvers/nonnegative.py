@@ -61,7 +61,8 @@ def _nonnegative_weights(pursuit: Pursuit, before: np.ndarray) -> np.ndarray:
             moved = feasible + step * (weights - feasible)
             dropped = negative & (ratios <= step)
             current = {p: w for p, w, gone in zip(pursuit.picks, moved.tolist(), dropped, strict=True) if not gone}
-            pursuit.restart(list(current))
+            while not pursuit.restart(list(current)):
+                current.popitem()  # Within rounding of dependence, another order of the picks may tip the scales.
             weights = pursuit.weights()
         current = dict(zip(pursuit.picks, weights.tolist(), strict=True))
         entering = pursuit.best(considered)

@@ -83,11 +83,13 @@ class Pursuit:
         self.picks.append(pick)
         return True
 
-    def restart(self, picks: list[int]) -> None:
-        """Picks these samples, which must be linearly independent, in place of the present ones."""
+    def restart(self, picks: list[int]) -> bool:
+        """Picks these samples in place of the present ones; False, and nothing done, if they are dependent."""
         gram, target = self.problem.gram, self.problem.target
         square = gram[np.ix_(picks, picks)] + self.problem.ridge * np.eye(len(picks))
-        lower = torch.linalg.cholesky(torch.from_numpy(square.astype(np.float64)))
+        lower, failed = torch.linalg.cholesky_ex(torch.from_numpy(square.astype(np.float64)))
+        if failed or (lower.diagonal().numpy() ** 2 <= DEPENDENT * self.diagonal[picks]).any():
+            return False
         right = np.concatenate([gram[picks], target[picks][:, None]], axis=1).astype(np.float64)
         solved = torch.linalg.solve_triangular(lower, torch.from_numpy(right), upper=False).numpy()
         n = len(picks)
@@ -97,6 +99,16 @@ class Pursuit:
         self._open[picks] = False
         self.picks = list(picks)
         self.alpha = target - self._z[:n] @ self._rows[:n]
+        return True
+
+    def gain(self) -> tuple[float, float]:
+        """By how much γ lowers the error from ‖ḡ‖², evaluated for near-dependent picks, and what of it is rounding."""
+        weights, picks = self.weights(), self.picks
+        square = self.problem.gram[np.ix_(picks, picks)].astype(np.float64)
+        square[np.diag_indices_from(square)] += self.problem.ridge
+        gain = 2 * weights @ self.problem.target[picks] - weights @ square @ weights
+        magnitude = np.abs(weights) @ np.abs(square) @ np.abs(weights)
+        return float(gain), float(16 * np.finfo(np.float64).eps * magnitude)
 
     def weights(self) -> np.ndarray:
         """γ = K'[I, I]⁻¹t[I], shape (n,)."""

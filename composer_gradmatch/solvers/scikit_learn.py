@@ -24,8 +24,8 @@ def solve_sklearn(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
 
     gram, target = problem.gram.astype(np.float64), problem.target
     gram[np.diag_indices_from(gram)] += problem.ridge
-    largest = np.abs(np.diagonal(gram)).max()
-    if largest == 0.0 or not target.any():
+    largest = np.diagonal(gram).max()
+    if largest <= 0.0 or not target.any() or problem.enough <= 0.0:
         return np.empty(0, dtype=np.int64), np.empty(0)
     # It stops at absolute thresholds: a power of two brings the problem to order one.
     scale = 2.0 ** -np.floor(np.log2(largest))
@@ -34,6 +34,8 @@ def solve_sklearn(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
         warnings.filterwarnings("ignore", "(?s).*Orthogonal matching pursuit ended prematurely", RuntimeWarning)
         path = np.asarray(orthogonal_mp_gram(gram * scale, target * scale, n_nonzero_coefs=problem.k, return_path=True))
     path = path.reshape(len(target), -1)
+    if not path.shape[1]:  # Not even a first step: the target is rounding error.
+        return np.empty(0, dtype=np.int64), np.empty(0)
     # Least squares explain tᵀγ of ‖ḡ‖².
     small_enough = target @ path >= problem.enough
     if small_enough.any():

@@ -14,8 +14,8 @@ __all__ = ["solve_swap"]
 def solve_swap(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     """OMP, then the exchange of one pick that lowers the error most, again and again until none does.
 
-    A sample comes in only with a positive weight, as in OMP. There are at most k exchanges, so that the time is
-    bounded.
+    A sample comes in only with a positive weight, as in OMP. There are at most k exchanges, each of which takes about
+    M·k² multiply-adds: a few milliseconds in all at M = 128, seconds at M = 1024.
 
     Args:
         problem (Problem): K, t and when to stop.
@@ -33,11 +33,14 @@ def solve_swap(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
         if exchange is None:
             break
         position, entering = exchange
-        before, explained = list(pursuit.picks), pursuit.explained
-        pursuit.restart([*before[:position], entering, *before[position + 1 :]])
-        if pursuit.explained <= explained:  # Rounding promised a gain that is none.
-            pursuit.restart(before)
+        exchanged = Pursuit(problem)
+        picks = [*pursuit.picks[:position], entering, *pursuit.picks[position + 1 :]]
+        if not exchanged.restart(picks):
             break
+        (gain, rounding), (gain_before, rounding_before) = exchanged.gain(), pursuit.gain()
+        if gain - rounding <= gain_before + rounding_before:
+            break  # Among near-dependent samples, rounding promised a gain that is none.
+        pursuit = exchanged
     return np.array(pursuit.picks, dtype=np.int64), pursuit.weights()
 
 

@@ -34,6 +34,7 @@ def training(run: Run) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         "samples_forwarded": int(time.sample),
         "samples_backpropagated": recorder.backpropagated,
         "batches_trained_whole": recorder.trained_whole,
+        "batches_not_matched": recorder.not_matched,
         **means,
         "training_seconds": time.total_wct.total_seconds(),
         "selection_seconds": recorder.selection_seconds,

@@ -61,6 +61,13 @@ def test_duplicates_are_picked_once():
     assert_equals_host(gradients @ gradients.T, 6)
 
 
+def test_what_lies_within_rounding_of_a_pick_is_dependent_on_it():
+    gradients = torch.from_numpy(np.random.default_rng(0).standard_normal((5, 10))).repeat(2, 1)
+    gradients[5:] += 1e-7 * torch.from_numpy(np.random.default_rng(1).standard_normal((5, 10)))
+    _, weights = fixed_omp(gradients @ gradients.T, (gradients @ gradients.T).mean(1), 10)
+    assert (weights != 0).sum() == 5
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 12), st.integers(1, 8), st.integers(1, 12), st.integers(-12, 12))
 def test_any_problem_gives_distinct_picks_and_the_hosts_error(seed, m, d, k, exponent):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from oracles import brute_force_nonnegative_omp, brute_force_omp, squared_error,
 from scipy.optimize import nnls
 from sklearn.linear_model import orthogonal_mp_gram
 
-from composer_gradmatch import gram_omp
+from composer_gradmatch import gram_omp, last_layer_gram
 from composer_gradmatch.matching import SOLVERS
 from composer_gradmatch.solvers.compiled import solve_compiled
 from composer_gradmatch.solvers.problem import Problem
@@ -77,10 +78,10 @@ def test_any_layout_gives_the_same_picks(change):
     np.testing.assert_allclose(changed_weights, weights, rtol=1e-5)
 
 
-def test_bfloat16_and_integer_gram_matrices_are_taken():
+def test_half_precision_and_integer_gram_matrices_are_taken():
     gram = torch.tensor([[4, 1], [1, 2]])
     expected = gram_omp(gram.double(), gram.double().mean(1), 1)
-    for dtype in (torch.int64, torch.bfloat16):
+    for dtype in (torch.int64, torch.bfloat16, torch.float16):
         picks, weights = gram_omp(gram.to(dtype), gram.double().mean(1), 1)
         assert picks.tolist() == expected[0].tolist()
         torch.testing.assert_close(weights.double(), expected[1], rtol=1e-2, atol=0)
@@ -225,8 +226,59 @@ def test_the_tolerance_is_relative_to_the_vector_that_is_matched():
     indices, weights = gram_omp(gram, target, 20, tolerance=0.1, norm_squared=float(other @ other))
     assert np.sum((gradients[indices].T @ weights - other) ** 2) <= 0.1 * (other @ other)
     assert len(indices) < 20
-    with pytest.raises(ValueError, match="norm_squared"):
-        gram_omp(gram, -np.abs(target), 3, tolerance=0.5)
+    with pytest.raises(ValueError, match="norm_squared must be a number >= 0"):
+        gram_omp(gram, target, 3, norm_squared=-1.0)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("tolerance", [0.0, 0.05])
+def test_a_mean_that_cancels_is_nothing_to_match(solver, tolerance):
+    """As with features that are all alike and balanced labels: the target is rounding error, of either sign."""
+    for m in range(4, 40, 4):
+        labels = np.eye(4)[np.arange(m) % 4]
+        gram = 50.1 * (0.25 - labels) @ (0.25 - labels).T
+        picks, weights = gram_omp(gram, gram.mean(1), max(1, m // 3), solver=solver, tolerance=tolerance)
+        assert len(picks) == len(weights) == 0 or np.abs(gram[picks].T @ weights).max() < 1e-9
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_near_duplicates_kill_no_run_and_make_no_match_worse_than_greedy(solver):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        twin = torch.randint(0, 30, (60,), generator=generator)
+        h = torch.randn(30, 4, generator=generator)[twin] + 2e-5 * torch.randn(60, 4, generator=generator)
+        labels = torch.randint(0, 3, (30,), generator=generator)[twin]
+        p = (h @ torch.randn(4, 3, generator=generator)).softmax(1) - torch.nn.functional.one_hot(labels, 3)
+        gram = last_layer_gram(h.double(), p.double())
+        errors = []
+        for name in ("omp", solver):
+            picks, weights = gram_omp(gram, gram.mean(1), 30, solver=name)
+            u = torch.zeros(60, dtype=torch.float64).index_put((picks,), weights) - 1 / 60
+            errors.append((u @ gram @ u / gram.mean()).item())
+        assert solver != "swap" or errors[1] <= errors[0] + 1e-9
+
+
+def test_where_numbas_cache_is_broken_matching_goes_on_in_numpy(tmp_path):
+    code = (
+        "import sys, warnings, numpy as np\n"
+        "from composer_gradmatch import gram_omp\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    for _ in range(2):\n"
+        "        print(gram_omp(np.diag([1.0, 4.0, 9.0]), np.array([1.0, 2.0, 3.0]), 2)[0].tolist())\n"
+        "print([str(w.message)[:35] for w in caught if 'compiled' in str(w.message)])"
+    )
+
+    def run():
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+        return subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+        ).stdout.split("\n")
+
+    assert run()[:3] == ["[2, 1]", "[2, 1]", "[]"]
+    for index in tmp_path.rglob("*.nbi"):
+        index.write_bytes(b"")
+    assert run()[:3] == ["[2, 1]", "[2, 1]", "['Matching pursuit could not be compi']"]
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from cases import BATCHNORM, CONV, MLP, loader, make_trainer
 from composer.core import Precision
-from composer.loggers import InMemoryLogger
+from composer.loggers import InMemoryLogger, LoggerDestination
 from no_host_sync import HostSyncError, NoHostSync
 from torch.utils.data import TensorDataset
 
 from composer_gradmatch import GradMatch
 from composer_gradmatch.batches import match_rows, take_samples
 from composer_gradmatch.losses import weighted_loss
+from composer_gradmatch.run_summary import RunSummary
 
 ON = {"start": 0.0, "end": 1.0, "interrupt": 0}
 
@@ -59,7 +61,7 @@ def test_a_batch_that_cannot_be_matched_is_trained_on_m_samples_counted_and_warn
     data = MLP.data(60)
     data.tensors[0][3] = float("nan")
     algorithm = OnDevice(keep=0.3, **ON)
-    with pytest.warns(UserWarning, match="not finite, or all zero") as caught:
+    with pytest.warns(UserWarning, match="not finite, or whose mean is zero") as caught:
         _, logged = train(algorithm, data=data, lr=0.0)
     assert len([w for w in caught if "not finite" in str(w.message)]) == 1
     assert [value for _, value in logged["gradmatch/batches_not_matched"]][:1] == [1]
@@ -69,11 +71,38 @@ def test_a_batch_that_cannot_be_matched_is_trained_on_m_samples_counted_and_warn
     assert restored.batches_not_matched == algorithm.batches_not_matched
 
 
+class Steps(LoggerDestination):
+    """Keeps the step that each metric is logged for."""
+
+    def __init__(self):
+        self.of = {}
+
+    def log_metrics(self, metrics, step=None):
+        for name in metrics:
+            self.of.setdefault(name, []).append(step)
+
+
 def test_metrics_belong_to_the_step_that_they_were_measured_in():
     for algorithm in (GradMatch(keep=0.3, **ON), OnDevice(keep=0.3, **ON)):
-        _, logged = train(algorithm)
-        steps = [time.batch.value for time, _ in logged["gradmatch/matching_residual"]]
-        assert len(steps) == 6
+        steps = Steps()
+        trainer = make_trainer(MLP.model(), loader(MLP.data(60), 20), [algorithm], loggers=[steps], max_duration="2ep")
+        trainer.fit()
+        assert steps.of["gradmatch/matching_residual"] == steps.of["loss/train/total"] == list(range(6))
+
+
+def test_the_summary_tells_of_batches_that_are_not_matched():
+    data = MLP.data(60)
+    data.tensors[0][3] = float("nan")
+    summary = RunSummary()
+    trainer = make_trainer(
+        MLP.model(), loader(data, 20), [OnDevice(keep=0.3, **ON)], loggers=[summary], max_duration="1ep", lr=0.0
+    )
+    with pytest.warns(UserWarning, match="not finite"):
+        trainer.fit()
+    table = summary.table(trainer.state)
+    assert summary.not_matched >= 1
+    assert re.search(rf"batches not matched +{summary.not_matched}", table)
+    assert summary.sums.get("effective_sample_size", (0, 0))[1] == 3 - summary.not_matched
 
 
 def meta_state(case, microbatch):
