@@ -130,6 +130,17 @@ def test_nonnegative_omp_equals_brute_force_with_scipy():
     assert negative > 10, "OMP has negative weights in some of these problems, or nothing is tested"
 
 
+@pytest.mark.parametrize("seed", [999, 1669, 1976, 2886, 2970])
+def test_a_sample_that_is_dropped_in_a_step_can_come_back_in_it(seed):
+    """One in some hundred problems: found by watching the solver, decided by SciPy."""
+    rng = np.random.default_rng(seed)
+    gradients, matched = rng.standard_normal((40, 12)), rng.standard_normal(12)
+    expected, expected_weights = brute_force_nonnegative_omp(gradients, matched, 12)
+    indices, weights = gram_omp(gradients @ gradients.T, gradients @ matched, 12, solver="nonnegative")
+    assert sorted(indices.tolist()) == sorted(expected.tolist())
+    np.testing.assert_allclose(weights[indices.argsort()], expected_weights[expected.argsort()], rtol=1e-5)
+
+
 def test_where_no_weight_would_be_negative_nonnegative_omp_is_omp():
     gram, target = problem(gradients_of(64, 200, seed=3))
     plain, nonnegative = gram_omp(gram, target, 10), gram_omp(gram, target, 10, solver="nonnegative")
