@@ -7,7 +7,7 @@ import torch
 
 from composer_gradmatch.solvers.problem import DEPENDENT, Problem
 
-__all__ = ["Pursuit", "solve_omp"]
+__all__ = ["Pursuit", "pursue", "solve_omp"]
 
 
 class Pursuit:
@@ -116,6 +116,16 @@ class Pursuit:
         return torch.linalg.solve_triangular(torch.from_numpy(self.factor), right, upper=True)[:, 0].numpy()
 
 
+def pursue(problem: Problem) -> Pursuit:
+    """Picks the sample of the largest signed α for as long as there is something to gain."""
+    pursuit = Pursuit(problem)
+    while not pursuit.done:
+        pick = pursuit.best()
+        if pick is None or not pursuit.add(pick):
+            break
+    return pursuit
+
+
 def solve_omp(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     """Algorithm 2, picking by the largest signed α.
 
@@ -125,9 +135,5 @@ def solve_omp(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         tuple: Picks (n,), int64, and weights γ (n,), float64.
     """
-    pursuit = Pursuit(problem)
-    while not pursuit.done:
-        pick = pursuit.best()
-        if pick is None or not pursuit.add(pick):
-            break
+    pursuit = pursue(problem)
     return np.array(pursuit.picks, dtype=np.int64), pursuit.weights()

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from composer_gradmatch.solvers.problem import DEPENDENT, Problem
-from composer_gradmatch.solvers.pursuit import Pursuit
+from composer_gradmatch.solvers.pursuit import Pursuit, pursue
 
 __all__ = ["solve_swap"]
 
@@ -23,11 +23,7 @@ def solve_swap(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         tuple: Picks (n,), int64, those exchanged in the place of what they came for, and weights γ (n,), float64.
     """
-    pursuit = Pursuit(problem)
-    while not pursuit.done:
-        pick = pursuit.best()
-        if pick is None or not pursuit.add(pick):
-            break
+    pursuit = pursue(problem)
     for _ in range(problem.k):
         exchange = _best_exchange(pursuit)
         if exchange is None:
