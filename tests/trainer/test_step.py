@@ -9,9 +9,9 @@ from cases import CONV, MLP, STEP_CASES, loader, make_trainer, record_selections
 from composer import DataSpec, Trainer
 from composer.algorithms import SAM
 from composer.algorithms.sam.sam import SAMOptimizer
-from oracles import reference_selection, weighted_gradient
+from oracles import classifier_gradients, clip_and_normalize, reference_selection, weighted_gradient
 
-from composer_gradmatch import GradMatch, select_first
+from composer_gradmatch import GradMatch, gram_omp, select_first, select_using_gradient_matching
 
 M, KEEP, LR = 23, 0.4, 0.1
 
@@ -227,3 +227,31 @@ def test_with_unit_weights_the_step_is_that_of_training_on_the_picks(monkeypatch
     plain = step_of(CONV.model(), loader(own, len(picks)), [], device_train_microbatch_size=4)
     for a, b in zip(steps, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"solver": "nonnegative"}, {"solver": "swap"}, {"solver": "sklearn"}, {"ridge": 2.0}, {"tolerance": 0.3}],
+    ids=str,
+)
+def test_the_choice_of_solver_reaches_the_step(options):
+    """Compared with the solver on explicit gradients, and with the picks of the default, which are others."""
+    data = MLP.data(40)
+    inputs, targets = data.tensors
+    gradients = classifier_gradients(MLP.model().module, MLP.layer, inputs, targets)
+    gram = gradients @ gradients.T
+    picks, weights = clip_and_normalize(*gram_omp(gram, gram.mean(1), 12, **options))
+    algorithm = GradMatch(start=0.0, end=1.0, keep=0.3, interrupt=0, **options)
+    recorded = record_selections(algorithm)
+    make_trainer(MLP.model(), loader(data, 40), [algorithm]).fit()
+    assert recorded[0][1].indices.tolist() == picks.tolist()
+    np.testing.assert_allclose(recorded[0][1].weights, weights, rtol=1e-4)
+    default = clip_and_normalize(*gram_omp(gram, gram.mean(1), 12))
+    assert options == {"solver": "nonnegative"} or weights.tolist() != default[1].tolist()
+
+    x, y, w = select_using_gradient_matching(
+        inputs, targets, MLP.model().module, torch.nn.functional.cross_entropy, keep=0.3, **options
+    )
+    assert torch.equal(x, inputs[picks.tolist()])
+    assert torch.equal(y, targets[picks.tolist()])
+    np.testing.assert_allclose(w, weights, rtol=1e-4)
