@@ -25,7 +25,11 @@ __all__ = ["draw_accuracy", "draw_accuracy_over_cost", "draw_gradient_errors", "
 #: A DataFrame or Series: pandas' own annotations cannot tell which of them an index gives.
 Table = Any
 _COLOURS = dict(
-    zip(["gradmatch", "loss", "random", "selective_backprop"], sns.color_palette("colorblind"), strict=False)
+    zip(
+        ["gradmatch", "loss", "random", "selective_backprop", "gradmatch_reuse", "loss_reuse"],
+        sns.color_palette("colorblind"),
+        strict=False,
+    )
 )
 _COLOURS["full"] = (0.25, 0.25, 0.25)
 _MARKERS = {"gradmatch": "o", "loss": "s", "random": "^", "selective_backprop": "D", "full": "X"}

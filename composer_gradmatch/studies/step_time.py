@@ -33,7 +33,12 @@ _WARMUP, _PART_ROUNDS = 2, 3
 
 
 def estimated_cost(strategy: str, keep: float) -> float:
-    """The paper's cost model (§2), in full steps: m/M for random, (M/3 + m)/M with a selection pass."""
+    """The paper's cost model (§2), in full steps: m/M for random, (M/3 + m)/M with a selection pass.
+
+    Where the selection pass is the training step's own, (M/3 + 2m/3)/M.
+    """
+    if strategy.endswith("_reuse"):
+        return 1 / 3 + 2 * keep / 3
     return 1.0 if strategy == "full" else keep + (0 if strategy == "random" else 1 / 3)
 
 

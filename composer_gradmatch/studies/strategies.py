@@ -17,8 +17,14 @@ STRATEGIES: dict[str, str | None] = {
     "loss": "loss_backprop",
     "random": "random_backprop",
     "selective_backprop": "selective_backprop",
+    "gradmatch_reuse": "gradmatch",
+    "loss_reuse": "loss_backprop",
     "full": None,
 }
+#: What those strategies are that reuse the activations of the selection pass.
+_REUSE = {"gradmatch_reuse", "loss_reuse"}
+#: What makes the selection pass another one than the training step's.
+_OWN_PASS = ("scale_factor", "selection_microbatch_size", "selection_precision")
 _ALWAYS = {"start": 0.0, "end": 1.0, "interrupt": 0}
 
 
@@ -62,8 +68,11 @@ def strategy_entry(config: dict[str, Any], strategy: str, keep: float) -> dict[s
     own = (config.get("algorithms") or {}).get(name) or {}
     accepted = inspect.signature(resolve("algorithm", name)).parameters
     common = ("start", "end", "interrupt", "input_key", "target_key", "scale_factor")
-    arguments = {key: shared[key] for key in common if key in shared and key in accepted}
-    return {name: {**own, **arguments, "keep": keep}}
+    arguments = {**own, **{key: shared[key] for key in common if key in shared and key in accepted}}
+    if strategy in _REUSE:
+        arguments = {key: value for key, value in arguments.items() if key not in _OWN_PASS}
+        arguments["reuse_activations"] = True
+    return {name: {**arguments, "keep": keep}}
 
 
 def with_strategy(config: dict[str, Any], strategy: str, keep: float) -> dict[str, Any]:
