@@ -17,7 +17,9 @@ __all__ = [
     "copy_structure",
     "count_samples",
     "describe_targets",
+    "find_rows",
     "get_item",
+    "map_tensors",
     "match_rows",
     "take_samples",
     "tensor_leaves",
@@ -197,6 +199,58 @@ def match_rows(microbatch: Any, batch: Any, weights: torch.Tensor) -> torch.Tens
 def copy_structure(batch: Any) -> Any:
     """The same leaves in new containers."""
     return _map_leaves(lambda leaf: leaf, batch)
+
+
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], batch: Any) -> Any:
+    """The same batch with each tensor replaced by what ``function`` makes of it, in the order of the leaves."""
+    return _map_leaves(lambda leaf: function(leaf) if isinstance(leaf, torch.Tensor) else leaf, batch)
+
+
+def find_rows(microbatch: Any, batch: Any, num_samples: int, read: Sequence[bool]) -> torch.Tensor | None:
+    """Which samples of a batch a microbatch holds, by the tensors that matter.
+
+    Args:
+        microbatch (Any): Some samples of ``batch``, in the same structure.
+        batch (Any): The batch of n samples.
+        num_samples (int): n.
+        read (Sequence[bool]): Which of the batch's tensors matter.
+
+    Returns:
+        torch.Tensor | None: Rows, int64, shape (m,), on the device of the first tensor that matters; of samples alike
+        in all that matters the first. None if something that matters is in no row of the batch.
+    """
+    parts, wholes = list(tensor_leaves(microbatch)), list(tensor_leaves(batch))
+    if len(parts) != len(wholes) or len(wholes) != len(read):
+        return None
+    same: torch.Tensor | None = None
+    found: torch.Tensor | None = None
+    for part, whole, matters in zip(parts, wholes, read, strict=True):
+        if not matters:
+            continue
+        if not whole.dim() or len(whole) != num_samples:
+            if part is not whole and not (part.shape == whole.shape and torch.equal(part, whole)):
+                return None
+            continue
+        rows = _rows_in_memory(part, whole, whole.device)
+        if rows is not None and (found is None or (len(rows) == len(found) and bool((found == rows).all()))):
+            found = rows
+            continue
+        if (
+            part.shape[1:] != whole.shape[1:]
+            or part.dtype != whole.dtype
+            or (same is not None and len(part) != len(same))
+        ):
+            return None
+        equal = _equal_rows(part, whole.to(part.device))
+        same = equal if same is None else same & equal
+    if same is None:
+        return found
+    if found is not None:
+        if len(found) != len(same):
+            return None
+        at = torch.arange(len(found), device=same.device)
+        return found if bool(same[at, found.to(same.device)].all()) else None
+    return same.int().argmax(1) if bool(same.any(1).all()) else None
 
 
 def tensor_leaves(batch: Any) -> Iterator[torch.Tensor]:

@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "other_algorithms": set(),
     "run_summary": {"batches"},
     "spans": set(),
+    "reuse": {"batches", "reuse"},
     "match": {"matching", "solvers", "spans"},
     "subset_backprop": {"batches", "other_algorithms", "selection_pass", "spans"},
     "two_pass_backprop": TWO_PASS,

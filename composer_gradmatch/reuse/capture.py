@@ -1,0 +1,239 @@
+"""Tracing a model's forward pass into a forward and a backward graph in which the number of samples is a symbol."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import Any
+
+import sympy
+import torch
+from functorch.compile import default_partition
+from torch import fx, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from composer_gradmatch.batches import map_tensors
+from composer_gradmatch.reuse.sliced_backward import Graphs, Run
+from composer_gradmatch.reuse.unsupported import UnsupportedError
+
+__all__ = ["CapturedForward", "Pass"]
+
+#: How many shapes of batches (lengths of sequences, say) a model is traced for before it is called unsupported.
+_CAPTURES = 64
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One captured forward pass over a minibatch.
+
+    Attributes:
+        outputs (Any): What the model returned, its tensors without a graph.
+        inputs (torch.Tensor, optional): The inputs of the watched layer, H, without a graph.
+        run (Run): The saved tensors, and the backward pass of them.
+        read (list[bool]): Which of the batch's tensors the forward pass has read.
+        fresh (bool): Whether the graphs were captured just now.
+    """
+
+    outputs: Any
+    inputs: torch.Tensor | None
+    run: Run
+    read: list[bool]
+    fresh: bool
+
+    def rows(self, rows: torch.Tensor) -> Any:
+        """What the model returned, for the samples ``rows``, with the sliced backward pass as its graph."""
+        leaves, structure = tree_flatten(self.outputs)
+        position = {id(tensor): i for i, tensor in enumerate(self.run.outputs)}
+        taken = self.run.take(rows)
+        return tree_unflatten(
+            [taken[position[id(leaf)]] if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], structure
+        )
+
+
+@dataclass
+class _Recording:
+    """What happens inside a compiled call."""
+
+    partitioned: dict[int, Graphs] = field(default_factory=dict)
+    run: Run | None = None
+    results: Sequence[Any] = ()
+    arguments: Sequence[Any] = ()
+
+
+class CapturedForward:
+    """Runs a model's forward pass as a graph whose saved tensors can be sliced.
+
+    Args:
+        forward (Callable): The model's forward, called on a batch.
+        layer (nn.Module, optional): The layer whose inputs are watched. Default: ``None``.
+    """
+
+    def __init__(self, forward: Callable[[Any], Any], layer: nn.Module | None = None) -> None:
+        self._layer = layer
+        self._recording = _Recording()
+        self._seen: list[torch.Tensor] = []
+        self._known: set[int] = set()
+        seen = self._seen
+
+        def traced(batch: Any) -> tuple[Any, list[torch.Tensor]]:
+            seen.clear()
+            return forward(batch), list(seen)
+
+        # Dynamo counts recompilations by code object, which all instances would share.
+        own = FunctionType(
+            traced.__code__.replace(), traced.__globals__, traced.__name__, traced.__defaults__, traced.__closure__
+        )
+        self._compiled = torch.compile(own, backend=self._backend, fullgraph=True)
+
+    def __call__(self, batch: Any, num_samples: int) -> Pass:
+        """Runs the forward pass over ``num_samples`` samples; buffers and generators change as in any forward pass.
+
+        Raises:
+            UnsupportedError: If the model cannot be captured, or its activations not be sliced.
+        """
+        leaves = []
+
+        def mark(leaf: torch.Tensor) -> torch.Tensor:
+            # Gaps between rows would be a stride, and so a size that varies.
+            leaf = leaf.detach() if leaf.is_contiguous() else leaf.detach().clone()
+            if leaf.dim() and len(leaf) == num_samples:
+                torch._dynamo.mark_dynamic(leaf, 0)
+            leaves.append(leaf)
+            return leaf
+
+        marked = map_tensors(mark, batch)
+        recording = self._recording
+        recording.run = None
+        handle = None if self._layer is None else self._layer.register_forward_pre_hook(self._watch)
+        settings = {"automatic_dynamic_shapes": False, "recompile_limit": _CAPTURES, "assume_static_by_default": True}
+        try:
+            with torch.enable_grad(), warnings.catch_warnings(), torch._dynamo.config.patch(settings):
+                warnings.simplefilter("ignore")
+                outputs, seen = self._compiled(marked)
+        except UnsupportedError:
+            raise
+        except Exception as error:
+            inner = getattr(error, "inner_exception", error)  # Dynamo wraps what its backend raises.
+            if isinstance(inner, UnsupportedError):
+                raise inner from None
+            raise UnsupportedError(f"it cannot be captured as one graph: {_first_line(inner)}") from error
+        finally:
+            if handle is not None:
+                handle.remove()
+            self._seen.clear()
+        if recording.run is None:
+            raise UnsupportedError("its forward pass has no gradient")
+        return self._finish(outputs, seen, leaves)
+
+    def _watch(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        self._seen.append(args[0].detach())
+
+    def _finish(self, outputs: Any, seen: list[torch.Tensor], leaves: list[torch.Tensor]) -> Pass:
+        recording = self._recording
+        run, recording.run = recording.run, None
+        assert run is not None
+        known = {id(leaf) for leaf in recording.arguments}
+        read = [id(leaf) in known for leaf in leaves]
+        if self._layer is not None and len(seen) != 1:
+            raise UnsupportedError(f"the output layer ran {len(seen)} times in a forward pass")
+        positions = {id(result): i for i, result in enumerate(recording.results)}
+        flat, structure = tree_flatten(outputs)
+        for leaf in flat:
+            if isinstance(leaf, torch.Tensor):
+                if id(leaf) not in positions:
+                    raise UnsupportedError("it returns a tensor that its forward pass does not compute")
+            elif not (leaf is None or isinstance(leaf, bool | int | float | str)):
+                raise UnsupportedError(f"it returns a {type(leaf).__name__}, whose samples cannot be told")
+        returned = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
+        with_gradient = [
+            i for i, result in enumerate(recording.results) if isinstance(result, torch.Tensor) and result.requires_grad
+        ]
+        run.name_outputs([positions[id(leaf)] for leaf in returned], with_gradient)
+        stripped = iter(run.outputs)
+        outputs = tree_unflatten(
+            [next(stripped) if isinstance(leaf, torch.Tensor) else leaf for leaf in flat], structure
+        )
+        fresh = id(run.graphs) not in self._known
+        self._known.add(id(run.graphs))
+        recording.results = recording.arguments = ()
+        return Pass(outputs, seen[0].detach() if seen else None, run, read, fresh)
+
+    def _backend(self, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Dynamo's backend: partitions the graph, and runs its forward part under record."""
+        batch = _batch_symbol(graph)
+        num_results = _copy_outputs(graph)
+        graphs: list[Graphs] = []
+
+        def partition(
+            joint: fx.GraphModule, inputs: Sequence[Any], *, num_fwd_outputs: int, **kwargs: Any
+        ) -> tuple[fx.GraphModule, fx.GraphModule]:
+            forward, backward = default_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
+            graphs.append(Graphs(forward, backward, batch, num_fwd_outputs, num_fwd_outputs - num_results))
+            return forward, backward
+
+        def compile_forward(module: fx.GraphModule, _: Any) -> Callable[[list[Any]], Any]:
+            def run(args: list[Any]) -> Any:
+                outputs = module(*args)
+                if graphs:
+                    self._recording.run = Run(graphs[-1], list(args), list(outputs))
+                args.clear()
+                return outputs
+
+            run._boxed_call = True  # type: ignore[attr-defined]
+            return run
+
+        def compile_backward(module: fx.GraphModule, _: Any) -> Callable[[list[Any]], Any]:
+            def never(args: list[Any]) -> Any:
+                raise AssertionError("The whole backward pass is not run.")
+
+            never._boxed_call = True  # type: ignore[attr-defined]
+            return never
+
+        compiled = aot_autograd(fw_compiler=compile_forward, bw_compiler=compile_backward, partition_fn=partition)(
+            graph, example_inputs
+        )
+
+        def call(*args: Any) -> Any:
+            results: Any = compiled(*args)
+            self._recording.results, self._recording.arguments = results, args
+            return results
+
+        return call
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def _batch_symbol(graph: fx.GraphModule) -> sympy.Symbol:
+    """The symbol of the number of samples, the only size that varies."""
+    found = []
+    for node in graph.graph.nodes:
+        value = node.meta.get("example_value")
+        if node.op == "placeholder" and isinstance(value, torch.SymInt):
+            found.append(value.node.expr)
+    if len(set(found)) != 1 or not isinstance(found[0], sympy.Symbol):
+        raise UnsupportedError(f"the sizes that vary are {found or 'none'}, not the number of samples alone")
+    return found[0]
+
+
+def _copy_outputs(graph: fx.GraphModule) -> int:
+    """Lets a graph return copies of its tensors, which are views of nothing; returns how many outputs it has."""
+    end = graph.graph.output_node()
+    results = []
+    for result in end.args[0]:  # type: ignore[union-attr]
+        value = result.meta.get("example_value") if isinstance(result, fx.Node) else None
+        if isinstance(result, fx.Node) and isinstance(value, torch.Tensor):
+            with graph.graph.inserting_before(end):
+                copy = graph.graph.call_function(torch.clone, (result,))
+            copy.meta["example_value"] = value
+            results.append(copy)
+        else:
+            results.append(result)
+    end.args = (tuple(results),)
+    graph.recompile()
+    return len(results)

@@ -1,0 +1,180 @@
+"""The backward pass of some samples, from what a forward pass over all of them has saved."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.autograd.function import once_differentiable
+
+from composer_gradmatch.reuse.layout import Layout, determine_layouts, is_random
+from composer_gradmatch.reuse.unsupported import UnsupportedError
+
+__all__ = ["Graphs", "Run"]
+
+
+class Graphs:
+    """A forward and a backward graph of AOTAutograd, and the backward graph of picked samples made of them.
+
+    Args:
+        forward (fx.GraphModule): Returns ``num_outputs`` outputs, the saved tensors, and the saved sizes.
+        backward (fx.GraphModule): Takes the saved sizes, the saved tensors, and the gradients of the outputs; returns
+            a gradient, or None, for each input of the forward graph.
+        batch (sympy.Symbol): The number of samples.
+        num_outputs (int): Outputs in all.
+        num_mutated (int): How many of them, the first, are new contents of buffers.
+    """
+
+    def __init__(
+        self, forward: fx.GraphModule, backward: fx.GraphModule, batch: sympy.Symbol, num_outputs: int, num_mutated: int
+    ) -> None:
+        self.forward, self.backward, self.batch = forward, backward, batch
+        self.num_outputs, self.num_mutated = num_outputs, num_mutated
+        ends: Any = forward.graph.output_node().args[0]
+        self.outputs: list[Any] = list(ends[num_mutated:num_outputs])
+        self.buffers = {node for node in ends[:num_mutated] if isinstance(node, fx.Node)}
+        saved = list(ends[num_outputs:])
+        self.sizes = [node for node in saved if isinstance(node.meta["val"], torch.SymInt)]
+        self.saved = saved[: len(saved) - len(self.sizes)]
+        placeholders = [node for node in backward.graph.nodes if node.op == "placeholder"]
+        #: Which outputs have gradients, as positions among the outputs.
+        self.num_tangents = len(placeholders) - len(saved)
+        #: Whether the gradients were found to be right.
+        self.verified = False
+        self.layouts: dict[fx.Node, Layout | None] | None = None
+        self.sliced: fx.GraphModule | None = None
+
+    def prepare(self, args: Sequence[Any]) -> None:
+        """Determines the layouts on what the forward graph was called with, and makes the sliced backward graph.
+
+        Raises:
+            UnsupportedError: If a layout cannot be told, or the backward pass draws random numbers.
+        """
+        if self.sliced is not None:
+            return
+        if any(isinstance(node.meta["val"], torch.SymInt) for node in self.saved):
+            raise UnsupportedError("the saved sizes do not come last")
+        wanted = {*self.saved, *(node for node in self.outputs if isinstance(node, fx.Node))}
+        # New running statistics, which batch_norm's backward takes and does not read, belong to no sample.
+        wanted -= self.buffers
+        self.layouts = determine_layouts(self.forward, args, self.batch, wanted.__contains__)
+        self.sliced = self._slice_saved(self.layouts)
+
+    def _slice_saved(self, layouts: dict[fx.Node, Layout | None]) -> fx.GraphModule:
+        """The backward graph, with each saved tensor sliced just before it is first used."""
+        module = copy.deepcopy(self.backward)
+        graph = module.graph
+        for node in reversed(list(graph.nodes)):
+            # The partitioner leaves in the backward graph what drew the forward pass's random numbers.
+            if node.op == "call_function" and not node.users and not _changes_something(node):
+                graph.erase_node(node)
+        for node in graph.nodes:
+            if node.op == "call_function" and is_random(node):
+                raise UnsupportedError(f"its backward pass draws random numbers ({node.target})")
+        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        order = {node: i for i, node in enumerate(graph.nodes)}
+        with graph.inserting_after(placeholders[-1]):
+            rows = graph.placeholder("picked_rows")
+        for node, source in zip(placeholders[len(self.sizes) :], self.saved, strict=False):
+            layout = layouts.get(source)
+            if layout is None or not node.users:
+                continue
+            with graph.inserting_before(min(node.users, key=order.__getitem__)):
+                taken = graph.call_function(layout.take, (node, rows))
+            node.replace_all_uses_with(taken, delete_user_cb=lambda user, taken=taken: user is not taken)
+        graph.lint()
+        module.recompile()
+        return module
+
+    def sizes_of(self, num_samples: int) -> list[int]:
+        """The saved sizes, for a number of samples."""
+        return [int(node.meta["val"].node.expr.subs(self.batch, num_samples)) for node in self.sizes]
+
+
+def _changes_something(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.target is not operator.getitem and (schema is None or schema.is_mutable)
+
+
+class Run:
+    """What one forward pass has saved.
+
+    Args:
+        graphs (Graphs): The graphs.
+        args (list[Any]): What the forward graph was called with.
+        results (list[Any]): What it returned: outputs, saved tensors, saved sizes.
+    """
+
+    def __init__(self, graphs: Graphs, args: list[Any], results: list[Any]) -> None:
+        self.graphs = graphs
+        self._args = args
+        self._all_outputs = results[graphs.num_mutated : graphs.num_outputs]
+        self.saved = results[graphs.num_outputs : graphs.num_outputs + len(graphs.saved)]
+        self.parameters = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.requires_grad]
+        self._places = [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor) and arg.requires_grad]
+        self.versions = [parameter._version for parameter in self.parameters]
+        #: What the model returned: its tensors, without a graph.
+        self.outputs: list[torch.Tensor] = []
+        self._differentiable: list[int] = []
+        self._others = 0
+
+    def name_outputs(self, positions: list[int], with_gradient: list[int]) -> None:
+        """Says which outputs of the graph are the model's, and prepares the sliced backward graph.
+
+        Args:
+            positions (list[int]): The model's outputs, in its order, as positions among the graph's.
+            with_gradient (list[int]): Those of the graph's outputs that have a gradient.
+
+        Raises:
+            UnsupportedError: If an output has no row for each sample, or the graphs cannot be sliced.
+        """
+        graphs = self.graphs
+        graphs.prepare(self._args)
+        self._args = []
+        assert graphs.layouts is not None
+        for position in positions:
+            if graphs.layouts[graphs.outputs[position]] != Layout(0):
+                shape = tuple(graphs.outputs[position].meta["val"].shape)
+                raise UnsupportedError(f"it returns a tensor of shape {shape} that has no row for each sample")
+        self.outputs = [self._all_outputs[position].detach() for position in positions]
+        if len(with_gradient) != graphs.num_tangents or not set(with_gradient) <= set(positions):
+            raise UnsupportedError("its outputs' gradients cannot be told apart")
+        #: For each gradient that the backward graph takes: which of the model's outputs it is of.
+        self._differentiable = [positions.index(i) for i in with_gradient]
+
+    def take(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        """The samples ``rows``, int64, shape (m,), of the model's outputs; those that have one with a graph."""
+        taken = [output.index_select(0, rows) for output in self.outputs]
+        graphed: Any = _SlicedBackward.apply(self, rows, *self.parameters)
+        for i, output in zip(self._differentiable, graphed, strict=True):
+            taken[i] = output
+        return taken
+
+    def backward(self, rows: torch.Tensor, tangents: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        """The parameters' gradients, in their order, of the samples ``rows`` by the gradients of their outputs."""
+        graphs = self.graphs
+        assert graphs.sliced is not None
+        tangents = [tangent.contiguous() for tangent in tangents]
+        gradients = graphs.sliced(*graphs.sizes_of(len(rows)), *self.saved, *tangents, rows)
+        return [gradients[i] for i in self._places]
+
+
+class _SlicedBackward(torch.autograd.Function):
+    """The picked rows of the outputs of a forward pass that is over, as a function of the parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Run, rows: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.run, ctx.rows = run, rows
+        return tuple(run.outputs[i].index_select(0, rows) for i in run._differentiable)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *tangents: torch.Tensor) -> tuple[Any, ...]:
+        gradients = ctx.run.backward(ctx.rows, tangents)
+        ctx.run = None
+        return None, None, *gradients

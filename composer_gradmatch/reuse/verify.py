@@ -1,0 +1,152 @@
+"""Comparing the sliced backward pass with autograd's own, of a model run as it is.
+
+Where layers mix samples, the gradients of the picks in a whole minibatch are defined only with the layer's own
+formula. For batch normalisation in training that is: with μ and σ of all M samples, x̂ = (x − μ)/σ, and the picks I
+(m of them, each with S positions),
+
+    ∂x_i = γ/σ · (∂y_i − mean_I(∂y) − x̂_i · mean_I(∂y·x̂)),
+
+the means over the picks and their positions: the backward pass of batch normalisation over m samples, with the
+statistics of all M.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from composer_gradmatch.reuse.unsupported import UnsupportedError
+
+__all__ = ["check_gradients", "check_outputs", "picks_normalised_by_all"]
+
+#: Of gradients relative to their norm, and of outputs.
+_TOLERANCE, _LOW_PRECISION_TOLERANCE = 1e-3, 5e-2
+
+
+def _tolerance(tensors: Sequence[torch.Tensor]) -> float:
+    low = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors)
+    return _LOW_PRECISION_TOLERANCE if low else _TOLERANCE
+
+
+def check_outputs(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
+    """Compares what the captured forward pass returned with what the model itself does.
+
+    Args:
+        found (Sequence[torch.Tensor]): The captured tensors.
+        expected (Sequence[torch.Tensor]): The model's own.
+
+    Raises:
+        UnsupportedError: If they differ by more than rounding.
+    """
+    for one, other in zip(found, expected, strict=True):
+        error, size = (one.double() - other.double()).norm(), other.double().norm()
+        if not error <= _tolerance([one, other]) * size:
+            raise UnsupportedError(
+                f"the captured forward pass differs from the model's own by {float(error / size):.2g} of its norm"
+            )
+
+
+def check_gradients(
+    found: Sequence[torch.Tensor | None],
+    expected: Sequence[torch.Tensor | None],
+    low_precision: bool = False,
+) -> None:
+    """Compares the parameters' gradients by the sliced backward pass with a reference.
+
+    Args:
+        found (Sequence[torch.Tensor | None]): By the sliced backward pass.
+        expected (Sequence[torch.Tensor | None]): The reference.
+        low_precision (bool, optional): Whether some of it was computed in 16 bits. Default: ``False``.
+
+    Raises:
+        UnsupportedError: If they differ by more than rounding, or the sliced ones are not finite where the others are.
+    """
+    error = size = torch.zeros((), dtype=torch.float64)
+    for one, other in zip(found, expected, strict=True):
+        if one is None and other is None:
+            continue
+        reference = torch.zeros_like(one) if other is None and one is not None else other
+        assert reference is not None
+        difference = reference if one is None else one - reference
+        error = error.to(reference.device) + difference.double().square().sum()
+        size = size.to(reference.device) + reference.double().square().sum()
+    if not size.isfinite():
+        raise UnsupportedError("the gradients that it should be compared with are not finite")
+    tolerance = _LOW_PRECISION_TOLERANCE if low_precision else _TOLERANCE
+    if not error.sqrt() <= tolerance * size.sqrt():
+        raise UnsupportedError(
+            f"its gradient differs from that of the same picks by {float((error / size).sqrt()):.2g} of its norm: "
+            "layers mix samples, or run in another way"
+        )
+
+
+class _NormalisedByAll(torch.autograd.Function):
+    """Batch normalisation over all samples whose backward pass is that over the picks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        eps: float,
+        rows: torch.Tensor,
+    ) -> torch.Tensor:
+        over = [0, *range(2, inputs.dim())]
+        x = inputs.float() if inputs.dtype in (torch.float16, torch.bfloat16) else inputs
+        scale = (x.var(over, unbiased=False, keepdim=True) + eps).rsqrt()
+        normal = (x - x.mean(over, keepdim=True)) * scale
+        shape = [1, -1] + [1] * (inputs.dim() - 2)
+        outputs = normal if weight is None else normal * weight.view(shape)
+        ctx.save_for_backward(normal, scale, rows, weight)
+        ctx.over, ctx.shape, ctx.has_bias = over, shape, bias is not None
+        return (outputs if bias is None else outputs + bias.view(shape)).to(inputs.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        normal, scale, rows, weight = ctx.saved_tensors
+        picked, dy = normal[rows], grads[0][rows].to(normal.dtype)
+        d_weight = None if weight is None else (dy * picked).sum(ctx.over)
+        d_bias = dy.sum(ctx.over) if ctx.has_bias else None
+        if weight is not None:
+            dy = dy * weight.view(ctx.shape)
+        dx = dy - dy.mean(ctx.over, keepdim=True) - picked * (dy * picked).mean(ctx.over, keepdim=True)
+        whole = torch.zeros_like(normal)
+        whole[rows] = dx * scale
+        return whole.to(grads[0].dtype), d_weight, d_bias, None, None
+
+
+@contextmanager
+def picks_normalised_by_all(model: nn.Module, rows: torch.Tensor) -> Iterator[bool]:
+    """Lets a model's batch normalisation in training go backward by the formula of the picks ``rows``.
+
+    Args:
+        model (nn.Module): The model, run over all samples in the context.
+        rows (torch.Tensor): The picks, int64, shape (m,).
+
+    Returns:
+        Iterator[bool]: Whether there is any such layer.
+    """
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+    ]
+
+    def forward_of(layer: _BatchNorm) -> Callable[[torch.Tensor], Any]:
+        return lambda inputs: _NormalisedByAll.apply(inputs, layer.weight, layer.bias, layer.eps, rows)
+
+    for layer in layers:
+        layer.forward = forward_of(layer)  # type: ignore[method-assign]
+    try:
+        yield bool(layers)
+    finally:
+        for layer in layers:
+            del layer.forward

@@ -1,0 +1,202 @@
+"""The sliced backward pass against autograd's own, on models that lay their activations out in all sorts of ways."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models import resnet18
+
+from composer_gradmatch.models.wide_resnet import wide_resnet
+from composer_gradmatch.reuse.capture import CapturedForward
+from composer_gradmatch.reuse.layout import Layout
+from composer_gradmatch.reuse.unsupported import UnsupportedError
+from composer_gradmatch.reuse.verify import check_gradients, check_outputs, picks_normalised_by_all
+
+M, CLASSES = 8, 5
+ROWS = torch.tensor([5, 0, 2])
+WEIGHTS = torch.tensor([0.5, 2.0, 0.5])
+
+
+class Encoder(nn.Module):
+    def __init__(self, batch_first, dropout):
+        super().__init__()
+        self.batch_first = batch_first
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=dropout, batch_first=batch_first)
+        self.body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(16, CLASSES)
+
+    def forward(self, inputs):
+        body = self.body(inputs if self.batch_first else inputs.transpose(0, 1))
+        return self.head(body.mean(1 if self.batch_first else 0))
+
+
+class Autocast(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, inputs):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.module(inputs)
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(12, 16), nn.LayerNorm(16), nn.Tanh(), nn.Dropout(0.4), nn.Linear(16, CLASSES))
+
+
+def batchnorm():
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(), nn.Linear(144, CLASSES)
+    )
+
+
+MODELS = {
+    "mlp": (mlp, (12,)),
+    "bf16": (lambda: Autocast(mlp()), (12,)),
+    "encoder, batch first": (lambda: Encoder(True, 0.3), (7, 16)),
+    "encoder, positions first": (lambda: Encoder(False, 0.3), (7, 16)),
+    "ResNet-18, GroupNorm": (
+        lambda: resnet18(num_classes=CLASSES, norm_layer=lambda channels: nn.GroupNorm(8, channels)),
+        (3, 32, 32),
+    ),
+    "ResNet-18, BatchNorm": (lambda: resnet18(num_classes=CLASSES), (3, 32, 32)),
+    "Wide ResNet": (lambda: wide_resnet(10, 1, num_classes=CLASSES).module, (3, 32, 32)),
+    "BatchNorm and dropout": (batchnorm, (3, 8, 8)),
+}
+
+
+def weighted(outputs, targets):
+    return (F.cross_entropy(outputs.float(), targets, reduction="none") * WEIGHTS).sum()
+
+
+def built(name):
+    torch.manual_seed(0)
+    module, shape = MODELS[name]
+    model = module()
+    return model, torch.randn(M, *shape), torch.randint(CLASSES, (M,))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_sliced_gradient_is_autograds_of_the_picks(name):
+    """The same masks of dropout; under batch normalisation, the documented formula."""
+    model, inputs, targets = built(name)
+    own = copy.deepcopy(model)
+    forward = CapturedForward(lambda batch: model(batch[0]))
+    torch.manual_seed(1)
+    captured = forward((inputs, targets), M)
+    assert captured.read == [True, False]
+    found = torch.autograd.grad(weighted(captured.rows(ROWS), targets[ROWS]), list(model.parameters()))
+    torch.manual_seed(1)
+    with picks_normalised_by_all(own, ROWS):
+        outputs = own(inputs)
+    expected = torch.autograd.grad(weighted(outputs[ROWS], targets[ROWS]), list(own.parameters()))
+    check_outputs([captured.outputs], [outputs])
+    flat, reference = (torch.cat([g.flatten() for g in gradients]) for gradients in (found, expected))
+    assert (flat - reference).norm() <= (1e-2 if name == "bf16" else 2e-5) * reference.norm()
+
+
+@pytest.mark.parametrize("name", ["ResNet-18, BatchNorm", "BatchNorm and dropout"])
+def test_batch_normalisation_keeps_its_statistics_of_all_samples(name):
+    model, inputs, targets = built(name)
+    own = copy.deepcopy(model)
+    torch.manual_seed(1)
+    CapturedForward(lambda batch: model(batch[0]))((inputs, targets), M)
+    torch.manual_seed(1)
+    own(inputs)
+    changed = False
+    for (key, found), before, expected in zip(
+        model.named_buffers(), built(name)[0].buffers(), own.buffers(), strict=True
+    ):
+        torch.testing.assert_close(found, expected, msg=key)
+        changed |= not torch.equal(found, before)
+    assert changed
+
+
+def test_microbatches_add_up_and_their_number_may_be_one():
+    model, inputs, targets = built("encoder, batch first")
+    captured = CapturedForward(lambda batch: model(batch[0]))((inputs, targets), M)
+    whole = torch.autograd.grad(weighted(captured.rows(ROWS), targets[ROWS]), list(model.parameters()))
+    for row, weight in zip(ROWS, WEIGHTS, strict=True):
+        loss = F.cross_entropy(captured.rows(row[None]), targets[row][None]) * weight
+        loss.backward()
+    check_gradients([p.grad for p in model.parameters()], whole)
+
+
+def test_the_graphs_serve_batches_of_any_size():
+    model, inputs, targets = built("mlp")
+    forward = CapturedForward(lambda batch: model(batch[0]))
+    assert forward((inputs, targets), M).fresh
+    captured = forward((inputs[:6], targets[:6]), 6)
+    assert not captured.fresh
+    assert captured.outputs.shape == (6, CLASSES)
+
+
+def test_another_length_is_captured_again():
+    model, inputs, targets = built("encoder, positions first")
+    forward = CapturedForward(lambda batch: model(batch[0]))
+    forward((inputs, targets), M)
+    assert forward((inputs[:, :5], targets), M).fresh
+
+
+def test_positions_before_samples_are_found():
+    model, inputs, targets = built("encoder, batch first")
+    layouts = CapturedForward(lambda batch: model(batch[0]))((inputs, targets), M).run.graphs.layouts
+    assert Layout(0, 7, 1) in layouts.values(), "nn.TransformerEncoderLayer works position-major inside"
+    assert Layout(0, 1, 7) in layouts.values()
+
+
+def test_the_inputs_of_a_layer_are_seen():
+    model, inputs, targets = built("mlp")
+    captured = CapturedForward(lambda batch: model(batch[0]), model[4])((inputs, targets), M)
+    assert captured.inputs.shape == (M, 16)
+    torch.testing.assert_close(model[4](captured.inputs), captured.outputs)
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(12, CLASSES)
+
+    def forward(self, inputs):
+        outputs = self.layer(inputs)
+        return outputs * 2 if outputs.sum() > 0 else outputs
+
+
+class Returning(nn.Module):
+    def __init__(self, change):
+        super().__init__()
+        self.layer, self.change = nn.Linear(12, CLASSES), change
+
+    def forward(self, inputs):
+        return self.change(self.layer(inputs))
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (Branching(), "cannot be captured as one graph"),
+        (Returning(lambda x: (x, x.mean())), "no row for each sample"),
+        (Returning(lambda x: x @ x.T), "two dimensions"),
+        (Returning(lambda x: x.reshape(-1)), "no row for each sample"),
+        (Returning(lambda x: torch.cat([x, x[:1]])), "no multiple of the number of samples"),
+        (Returning(lambda x: (x, iter(()))), "cannot be"),
+    ],
+)
+def test_what_cannot_be_sliced_says_why(model, why):
+    with pytest.raises(UnsupportedError, match=why):
+        CapturedForward(lambda batch: model(batch[0]))((torch.randn(M, 12), torch.zeros(M)), M)
+
+
+@pytest.mark.parametrize("change", [lambda x: x - x.mean(0), lambda x: x.flip(0)])
+def test_what_mixes_samples_is_found_by_its_gradient(change):
+    model = Returning(change)
+    inputs, targets = torch.randn(M, 12), torch.randint(CLASSES, (M,))
+    captured = CapturedForward(lambda batch: model(batch[0]))((inputs, targets), M)
+    found = torch.autograd.grad(weighted(captured.rows(ROWS), targets[ROWS]), list(model.parameters()))
+    expected = torch.autograd.grad(weighted(model(inputs)[ROWS], targets[ROWS]), list(model.parameters()))
+    with pytest.raises(UnsupportedError, match="mix samples"):
+        check_gradients(found, expected)
