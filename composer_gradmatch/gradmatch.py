@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from composer_gradmatch.layer_gradients import LayerGradients, gram_of_all
 from composer_gradmatch.losses import LossFn, check_unit_weights
 from composer_gradmatch.match import Match, match_mean_gradient, match_on_device
 from composer_gradmatch.matching import Solver, check_solver
+from composer_gradmatch.reuse.single_pass import SinglePass
 from composer_gradmatch.selection_pass import check_scale_factor, no_trace, scale_inputs, unwrap
 from composer_gradmatch.spans import span
 from composer_gradmatch.subset_backprop import Selection, WholeBatch
@@ -164,6 +165,8 @@ class GradMatch(TwoPassBackprop):
             or ``None`` for the training step's; see :class:`.TwoPassBackprop`. Default: ``None``.
         selection_precision (str | Precision, optional): The precision of the selection pass, e.g. ``"amp_bf16"``;
             ``None`` for the training step's. Default: ``None``.
+        reuse_activations (bool, optional): Whether to make one forward pass instead of two; see
+            :class:`.TwoPassBackprop`. Default: ``False``.
 
     Raises:
         TypeError: At INIT, if the model's loss cannot give per-sample values.
@@ -201,6 +204,7 @@ class GradMatch(TwoPassBackprop):
         tolerance: float = 0.0,
         selection_microbatch_size: int | str | None = None,
         selection_precision: str | Precision | None = None,
+        reuse_activations: bool = False,
     ) -> None:
         super().__init__(
             start,
@@ -213,6 +217,7 @@ class GradMatch(TwoPassBackprop):
             loss_fn,
             selection_microbatch_size,
             selection_precision,
+            reuse_activations,
         )
         if output_layer is not None and not isinstance(output_layer, str | nn.Module):
             raise TypeError(f"output_layer must be a dotted name, a module or None, got {output_layer!r}.")
@@ -314,6 +319,23 @@ class GradMatch(TwoPassBackprop):
 
         with no_trace(unwrap(state.model)):
             parts = self._in_microbatches(state, num_samples, last_layer_gradients)
+        return self._match_parts(state, parts, num_picks)
+
+    def _gradients_of_one_pass(self, state: State, num_samples: int) -> LayerGradients | None:
+        """H and P of the step's only forward pass; None where two are made."""
+
+        def visit(single: SinglePass, losses: torch.Tensor) -> LayerGradients:
+            with span("output_gradients"):
+                inputs, grads, outputs = single.inputs_and_grads(losses)
+            return LayerGradients.of(self._output_layer(state), inputs, grads, outputs, num_samples)
+
+        return self._once(state, num_samples, visit)
+
+    def _watched_layer(self, state: State) -> nn.Linear | None:
+        return self._output_layer(state)
+
+    def _match_parts(self, state: State, parts: Sequence[LayerGradients], num_picks: int) -> Match | WholeBatch | None:
+        layer = self._output_layer(state)
         with span("gram"):
             gram = gram_of_all(parts, layer)
         if self._stays_on_device(state):
@@ -329,7 +351,11 @@ class GradMatch(TwoPassBackprop):
         return state.device.name == "gpu" and self.solver == "omp" and self.tolerance == 0
 
     def _select(self, state: State, num_samples: int, num_picks: int) -> Selection | WholeBatch:
-        match = self._match(state, num_samples, num_picks)
+        gradients = self._gradients_of_one_pass(state, num_samples)
+        if gradients is None:
+            match = self._match(state, num_samples, num_picks)
+        else:
+            match = self._match_parts(state, [gradients], num_picks)
         if match is None:
             return WholeBatch()
         if isinstance(match, WholeBatch):

@@ -49,7 +49,7 @@ def check_labels(model: Any, batch: Any) -> None:
         )
 
 
-def huggingface_losses(model: Any, outputs: Any, batch: Any) -> torch.Tensor:
+def huggingface_losses(model: Any, outputs: Any, batch: Any, reduction: str = "none") -> torch.Tensor:
     """The losses of which a HuggingFace model's own loss is the mean over samples, positions or class weights.
 
     Sequence classification, regression and multi-label classification by the config's ``problem_type`` (by the
@@ -61,9 +61,10 @@ def huggingface_losses(model: Any, outputs: Any, batch: Any) -> torch.Tensor:
         model (HuggingFaceModel): The model.
         outputs (Mapping | tuple): What its ``forward`` returned; its ``logits`` have shape (M, C) or (M, T, C).
         batch (Mapping): The batch, with ``labels``.
+        reduction (str, optional): ``"mean"`` for the model's own loss. Default: ``"none"``.
 
     Returns:
-        torch.Tensor: Shape (M,) or (M, T), float32 or better; 0 where nothing counts.
+        torch.Tensor: Shape (M,) or (M, T), float32 or better; 0 where nothing counts. A scalar of the mean.
 
     Raises:
         ValueError: If there are no labels or no logits, or their shapes do not go together.
@@ -73,37 +74,38 @@ def huggingface_losses(model: Any, outputs: Any, batch: Any) -> torch.Tensor:
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     if logits.dim() == 3:
-        return _position_losses(model, logits, labels)
+        return _position_losses(model, logits, labels, reduction)
     kind = _problem_type(model, logits, labels)
     if labels.numel() != (len(logits) if kind == "single_label_classification" else logits.numel()):
         raise ValueError(_disagreement(logits, labels))
     if kind == "regression":
-        return F.mse_loss(logits.flatten(1), labels.reshape(logits.shape).to(logits), reduction="none")
+        return F.mse_loss(logits.flatten(1), labels.reshape(logits.shape).to(logits), reduction=reduction)
     if kind == "multi_label_classification":
         own = next((each for each in model.modules() if isinstance(each, nn.BCEWithLogitsLoss)), nn.BCEWithLogitsLoss())
         return F.binary_cross_entropy_with_logits(
-            logits, labels.to(logits), own.weight, pos_weight=own.pos_weight, reduction="none"
+            logits, labels.to(logits), own.weight, pos_weight=own.pos_weight, reduction=reduction
         )
-    return _cross_entropy(model, logits, labels.flatten())
+    return _cross_entropy(model, logits, labels.flatten(), reduction)
 
 
-def _position_losses(model: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _position_losses(model: Any, logits: torch.Tensor, labels: torch.Tensor, reduction: str) -> torch.Tensor:
     if labels.shape != logits.shape[:2]:
         raise ValueError(_disagreement(logits, labels))
     if model.shift_labels:
         ignored = torch.full_like(labels[:, :1], _criterion(model).ignore_index)
         labels = torch.cat([labels[:, 1:], ignored], dim=1)
-    return _cross_entropy(model, logits.flatten(0, 1), labels.flatten()).reshape(labels.shape)
+    losses = _cross_entropy(model, logits.flatten(0, 1), labels.flatten(), reduction)
+    return losses.reshape(labels.shape) if reduction == "none" else losses
 
 
-def _cross_entropy(model: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _cross_entropy(model: Any, logits: torch.Tensor, labels: torch.Tensor, reduction: str) -> torch.Tensor:
     own = _criterion(model)
     return F.cross_entropy(
         logits,
         labels,
         own.weight,
         ignore_index=own.ignore_index,
-        reduction="none",
+        reduction=reduction,
         label_smoothing=own.label_smoothing,
     )
 

@@ -85,6 +85,8 @@ class LossBackprop(TwoPassBackprop):
             or ``None`` for the training step's; see :class:`.TwoPassBackprop`. Default: ``None``.
         selection_precision (str | Precision, optional): The precision of the selection pass, e.g. ``"amp_bf16"``;
             ``None`` for the training step's. Default: ``None``.
+        reuse_activations (bool, optional): Whether to make one forward pass instead of two; see
+            :class:`.TwoPassBackprop`. Default: ``False``.
 
     Raises:
         ValueError: If a value is out of range.
@@ -112,6 +114,7 @@ class LossBackprop(TwoPassBackprop):
         history: int = 0,
         selection_microbatch_size: int | str | None = None,
         selection_precision: str | Precision | None = None,
+        reuse_activations: bool = False,
     ) -> None:
         super().__init__(
             start,
@@ -124,6 +127,7 @@ class LossBackprop(TwoPassBackprop):
             loss_fn,
             selection_microbatch_size,
             selection_precision,
+            reuse_activations,
         )
         if beta is not None and not 0 <= beta < float("inf"):
             raise ValueError(f"beta must be a number >= 0 (0 draws uniformly) or None for 1/keep - 1; got {beta}.")
@@ -160,7 +164,8 @@ class LossBackprop(TwoPassBackprop):
         self._losses(state, num_samples)
 
     def _select(self, state: State, num_samples: int, num_picks: int) -> Selection | WholeBatch:
-        losses = self._losses(state, num_samples)
+        once = self._once(state, num_samples, lambda _, losses: losses.detach().to("cpu", torch.float64))
+        losses = self._losses(state, num_samples) if once is None else once
         if not losses.isfinite().all():
             return WholeBatch("a minibatch has losses that are not finite; it and others like it are trained whole.")
         if not self.history:

@@ -10,7 +10,15 @@ import torch
 
 from composer_gradmatch.huggingface_losses import check_labels, huggingface_losses, is_huggingface
 
-__all__ = ["LossFn", "check_batch", "check_losses", "check_unit_weights", "per_sample_losses", "weighted_loss"]
+__all__ = [
+    "LossFn",
+    "check_batch",
+    "check_losses",
+    "check_unit_weights",
+    "per_sample_losses",
+    "takes_loss_from_logits",
+    "weighted_loss",
+]
 
 #: The losses of each sample, shape (M,), from a model's outputs and the batch.
 LossFn = Callable[[Any, Any], torch.Tensor]
@@ -26,7 +34,7 @@ def _takes_reduction(model: Any) -> bool:
     return "reduction" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _takes_loss_from_logits(model: Any) -> bool:
+def takes_loss_from_logits(model: Any) -> bool:
     """Whether a model's own loss comes reduced only, but its task says what it is made of."""
     return is_huggingface(model) and not _takes_reduction(model)
 
@@ -59,7 +67,7 @@ def check_batch(model: Any, batch: Any, loss_fn: LossFn | None = None) -> None:
     Raises:
         ValueError: If the labels of a ``HuggingFaceModel``'s batch cannot be trained on.
     """
-    if loss_fn is None and _takes_loss_from_logits(model):
+    if loss_fn is None and takes_loss_from_logits(model):
         check_labels(model, batch)
 
 
@@ -93,7 +101,7 @@ def per_sample_losses(
             got = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
             raise ValueError(f"loss_fn must return a tensor of shape ({num_samples},), one loss a sample; got {got}.")
         return losses
-    if _takes_loss_from_logits(model):
+    if takes_loss_from_logits(model):
         source = f"The loss of {type(model.model).__name__}"
         losses = huggingface_losses(model, outputs, batch)
     else:

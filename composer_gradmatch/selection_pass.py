@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ __all__ = [
     "no_trace",
     "precision_context",
     "scale_inputs",
+    "snapshot",
     "unwrap",
 ]
 
@@ -36,11 +37,26 @@ def no_trace(model: nn.Module) -> Iterator[None]:
     """Puts buffers and random number generators back as they were, bit for bit, when the context closes.
 
     Forward passes in training mode update BatchNorm's running statistics and draw dropout masks; a pass that
-    only selects must not. Covers the model's buffers (their contents, and which tensors they are) and the
-    generators of torch (CPU and the current CUDA device), numpy and Python.
+    only selects must not: see :func:`snapshot`.
 
     Args:
         model (nn.Module): The model that runs inside the context.
+    """
+    restore = snapshot(model)
+    try:
+        yield
+    finally:
+        restore()
+
+
+def snapshot(model: nn.Module) -> Callable[[], None]:
+    """Remembers what a forward pass changes, and returns what puts it back, as often as it is called.
+
+    Covers the model's buffers (their contents, and which tensors they are) and the generators of torch (CPU and the
+    current CUDA device), numpy and Python.
+
+    Args:
+        model (nn.Module): The model.
     """
     buffers = [
         (module, name, buffer, buffer.detach().clone())
@@ -48,19 +64,24 @@ def no_trace(model: nn.Module) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    device = torch.cuda.current_device() if cuda else 0
+    cuda_state = torch.cuda.get_rng_state(device) if cuda else None
+
+    def restore() -> None:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        if cuda_state is not None:
+            torch.cuda.set_rng_state(cuda_state, device)
         with torch.no_grad():
             # All of them: batch_norm changes its buffers without telling their version counters.
             for module, name, buffer, content in buffers:
                 module._buffers[name] = buffer
                 buffer.copy_(content)
+
+    return restore
 
 
 def unwrap(model: nn.Module) -> nn.Module:

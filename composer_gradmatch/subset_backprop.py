@@ -264,6 +264,7 @@ class SubsetBackprop(Algorithm):
             return
         with span("indexing"):
             state.batch = take_samples(state.batch, selection.indices, num_samples)
+        self._after_selection(state, selection)
         n = len(selection.indices)
         if selection.weights is not None:
             self._weights = state.device.tensor_to_device(selection.weights.float())
@@ -273,14 +274,20 @@ class SubsetBackprop(Algorithm):
             "effective_sample_size": float(n),
             "largest_weight": 1.0,
             **selection.metrics,
-            # A forward pass is a third of a training step's cost (§2 of the paper).
-            "estimated_cost": (num_samples / 3 * self.two_passes + n) / num_samples,
+            "estimated_cost": self._estimated_cost(num_samples, n),
             "selection_time": time.perf_counter() - started,
         }
         if selection.matched is None:
             self._log(logger, metrics)
         else:
             self._to_log = metrics, selection.matched, int(state.timestamp.batch)
+
+    def _after_selection(self, state: State, selection: Selection) -> None:
+        """Does what follows once ``state.batch`` is that of the picks."""
+
+    def _estimated_cost(self, num_samples: int, num_picks: int) -> float:
+        """A step's cost as a share of the whole minibatch's; a forward pass is a third of it (§2 of the paper)."""
+        return (num_samples / 3 * self.two_passes + num_picks) / num_samples
 
     def _log(self, logger: Logger, metrics: Mapping[str, float | torch.Tensor], step: int | None = None) -> None:
         logger.log_metrics({f"{self.log_name}/{key}": float(value) for key, value in metrics.items()}, step)

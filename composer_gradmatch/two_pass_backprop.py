@@ -8,10 +8,14 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeVar, cast
 
 import torch
-from composer.core import Precision, State, get_precision_context
+from composer.core import Event, Precision, State, get_precision_context
+from composer.loggers import Logger
+from torch import nn
 
 from composer_gradmatch.batches import describe_targets, take_samples
 from composer_gradmatch.losses import LossFn, check_batch, check_losses, per_sample_losses, weighted_loss
+from composer_gradmatch.reuse.single_pass import SinglePass
+from composer_gradmatch.reuse.unsupported import UnsupportedError
 from composer_gradmatch.selection_pass import (
     check_scale_factor,
     largest_on_all_ranks,
@@ -21,7 +25,7 @@ from composer_gradmatch.selection_pass import (
     unwrap,
 )
 from composer_gradmatch.spans import span
-from composer_gradmatch.subset_backprop import SubsetBackprop
+from composer_gradmatch.subset_backprop import Selection, SubsetBackprop
 
 __all__ = ["TwoPassBackprop"]
 
@@ -47,9 +51,13 @@ class TwoPassBackprop(SubsetBackprop):
             does where the Trainer's own microbatch size is ``"auto"``. Default: ``None``.
         selection_precision (str | Precision, optional): The precision of the selection pass, e.g. ``"amp_bf16"``;
             ``None`` for the training step's. Default: ``None``.
+        reuse_activations (bool, optional): Whether to make one forward pass instead of two: the selection pass is
+            that of training, over the whole minibatch, and the backward pass takes the picks' part of what it saved.
+            Costs the memory of M samples' activations; verified on the first minibatch, and where the model cannot be
+            captured, or the gradients differ, two passes are made, with a warning. Default: ``False``.
 
     Raises:
-        ValueError: If a value is out of range.
+        ValueError: If a value is out of range, or ``reuse_activations`` goes with a selection pass of its own.
     """
 
     two_passes = True
@@ -66,6 +74,7 @@ class TwoPassBackprop(SubsetBackprop):
         loss_fn: LossFn | None = None,
         selection_microbatch_size: int | str | None = None,
         selection_precision: str | Precision | None = None,
+        reuse_activations: bool = False,
     ) -> None:
         super().__init__(start, end, keep, interrupt, input_key, target_key)
         check_scale_factor(scale_factor)
@@ -90,13 +99,106 @@ class TwoPassBackprop(SubsetBackprop):
         self.loss_fn = loss_fn
         self.selection_microbatch_size = size
         self.selection_precision = None if selection_precision is None else Precision(selection_precision)
+        if not isinstance(reuse_activations, bool):
+            raise TypeError(f"reuse_activations must be True or False, got {reuse_activations!r}.")
+        if reuse_activations and (scale_factor != 1 or size is not None or selection_precision is not None):
+            raise ValueError(
+                "reuse_activations=True makes the selection pass the training step's own forward pass, over the whole "
+                "minibatch: leave scale_factor, selection_microbatch_size and selection_precision at their defaults."
+            )
+        self.reuse_activations = reuse_activations
         self._fitting_size: int | None = None
+        self._single_pass: SinglePass | None = None
+        self._makes_two_passes = not reuse_activations
+
+    def match(self, event: Event, state: State) -> bool:
+        """Whether to run: see :class:`.Algorithm`."""
+        if event == Event.AFTER_TRAIN_BATCH:
+            return self._single_pass is not None and self._single_pass.installed
+        return super().match(event, state)
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        """Runs the part of the algorithm that belongs to an event: see :class:`.Algorithm`."""
+        if event == Event.FIT_START:
+            if self._single_pass is not None:
+                self._single_pass.release()
+            self._single_pass, self._makes_two_passes = None, not self.reuse_activations
+        if event == Event.AFTER_TRAIN_BATCH:
+            assert self._single_pass is not None
+            self._single_pass.release()
+            if self._single_pass.missed is not None:
+                self._make_two_passes(self._single_pass.missed)
+            return
+        super().apply(event, state, logger)
+
+    def _after_dataloader(self, state: State, logger: Logger) -> None:
+        if self._single_pass is not None:
+            self._single_pass.release()  # Of a step that an error has ended.
+        try:
+            super()._after_dataloader(state, logger)
+        finally:
+            if self._single_pass is not None:
+                self._single_pass.abandon()  # The minibatch is trained whole.
+
+    def _once(
+        self, state: State, num_samples: int, visit: Callable[[SinglePass, torch.Tensor], Result]
+    ) -> Result | None:
+        """What ``visit`` makes of the step's one forward pass and the samples' losses; None where two are made."""
+        if self._makes_two_passes:
+            return None
+        try:
+            model = unwrap(state.model)
+            if needs_all_ranks(model):
+                raise UnsupportedError("its forward passes are ones of all ranks (FSDP, SyncBatchNorm)")
+            if self._single_pass is None:
+                self._single_pass = SinglePass(model, lambda: self._precision(state), self._watched_layer(state))
+            with span("selection_forward"):
+                outputs = self._single_pass.forward(state.batch, num_samples)
+            with self._precision(state):
+                losses = per_sample_losses(model, outputs, state.batch, num_samples, self.loss_fn)
+            return visit(self._single_pass, losses)
+        except UnsupportedError as error:
+            self._make_two_passes(str(error))
+            return None
+
+    def _watched_layer(self, state: State) -> nn.Linear | None:
+        """The layer whose inputs and output gradients the selection needs."""
+        return None
+
+    def _after_selection(self, state: State, selection: Selection) -> None:
+        single = self._single_pass
+        if single is None or not single.pending:
+            return
+        n = len(selection.indices)
+
+        def losses(outputs: Any, batch: Any) -> torch.Tensor:
+            return per_sample_losses(unwrap(state.model), outputs, batch, n, self.loss_fn)
+
+        try:
+            single.serve(selection.indices, state.batch, selection.weights, losses)
+        except UnsupportedError as error:
+            self._make_two_passes(str(error))
+
+    def _make_two_passes(self, reason: str) -> None:
+        """Gives up reusing activations for the rest of the run."""
+        if self._single_pass is not None:
+            self._single_pass.abandon()
+        self._single_pass, self._makes_two_passes = None, True
+        self._warn_once(
+            f"the activations of the selection pass cannot be used in the backward pass, so two forward passes are "
+            f"made: {reason}."
+        )
+
+    def _estimated_cost(self, num_samples: int, num_picks: int) -> float:
+        if self._single_pass is not None and self._single_pass.installed:
+            return (num_samples / 3 + 2 * num_picks / 3) / num_samples
+        return super()._estimated_cost(num_samples, num_picks)
 
     def _check_setup(self, state: State) -> None:
         super()._check_setup(state)
         if self.loss_fn is None:
             check_losses(unwrap(state.model))
-        if 2 / 3 <= self.keep < 1:
+        if 2 / 3 <= self.keep < 1 and not self.reuse_activations:
             warnings.warn(
                 f"{type(self).__name__} with keep={self.keep} costs more than training on everything: a selection "
                 f"pass of M/3 and a step on m samples against M is {1 / 3 + self.keep:.2f}. "

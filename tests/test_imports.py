@@ -12,7 +12,7 @@ import composer_gradmatch
 PACKAGE = Path(composer_gradmatch.__file__).parent
 ALGORITHMS = {"gradmatch", "loss_backprop", "random_backprop"}
 #: What a selecting forward pass takes.
-TWO_PASS = {"batches", "losses", "selection_pass", "spans", "subset_backprop"}
+TWO_PASS = {"batches", "losses", "reuse", "selection_pass", "spans", "subset_backprop"}
 #: What the studies measure the parts of.
 MEASURED = {"batches", "gradmatch", "last_layer", "selection_pass", "spans"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "other_algorithms": set(),
     "run_summary": {"batches"},
     "spans": set(),
-    "reuse": {"batches", "reuse"},
+    "reuse": {"batches", "huggingface_losses", "losses", "reuse", "selection_pass"},
     "match": {"matching", "solvers", "spans"},
     "subset_backprop": {"batches", "other_algorithms", "selection_pass", "spans"},
     "two_pass_backprop": TWO_PASS,

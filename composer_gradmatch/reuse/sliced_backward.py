@@ -46,6 +46,8 @@ class Graphs:
         self.num_tangents = len(placeholders) - len(saved)
         #: Whether the gradients were found to be right.
         self.verified = False
+        #: Which of the outputs that have gradients is the watched layer's.
+        self.layer_output = 0
         self.layouts: dict[fx.Node, Layout | None] | None = None
         self.sliced: fx.GraphModule | None = None
 
@@ -146,6 +148,10 @@ class Run:
             raise UnsupportedError("its outputs' gradients cannot be told apart")
         #: For each gradient that the backward graph takes: which of the model's outputs it is of.
         self._differentiable = [positions.index(i) for i in with_gradient]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The outputs and the saved tensors."""
+        return [*self.outputs, *(value for value in self.saved if isinstance(value, torch.Tensor))]
 
     def take(self, rows: torch.Tensor) -> list[torch.Tensor]:
         """The samples ``rows``, int64, shape (m,), of the model's outputs; those that have one with a graph."""

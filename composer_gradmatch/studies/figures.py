@@ -32,7 +32,15 @@ _COLOURS = dict(
     )
 )
 _COLOURS["full"] = (0.25, 0.25, 0.25)
-_MARKERS = {"gradmatch": "o", "loss": "s", "random": "^", "selective_backprop": "D", "full": "X"}
+_MARKERS = {
+    "gradmatch": "o",
+    "loss": "s",
+    "random": "^",
+    "selective_backprop": "D",
+    "gradmatch_reuse": "P",
+    "loss_reuse": "v",
+    "full": "X",
+}
 _BAND = "mean line, min-max band over seeds"
 
 

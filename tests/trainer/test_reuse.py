@@ -1,0 +1,278 @@
+"""Steps of one forward pass through a real Trainer, against steps of two, and references that share no code."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from cases import BATCHNORM, CONV, IN_PLACE, MLP, NO_BIAS, REORDERED, Case, loader, make_trainer, record_selections
+from composer import Trainer
+from composer.algorithms import SAM, GradientClipping, LabelSmoothing, MixUp
+from composer.loggers import InMemoryLogger
+from oracles import weighted_gradient
+from text_cases import TEXT_CASES, TextCase, _bert_config, _classes
+from torch import nn
+from transformers import BertForSequenceClassification
+
+from composer_gradmatch import GradMatch, LossBackprop, select_first
+from composer_gradmatch.reuse.single_pass import SinglePass
+
+M, KEEP, LR = 23, 0.4, 0.1
+
+
+def always(algorithm=GradMatch, *, reuse=True, **kwargs):
+    return algorithm(start=0.0, end=1.0, keep=KEEP, interrupt=0, reuse_activations=reuse, **kwargs)
+
+
+def trained(model, train, algorithms, **kwargs):
+    trainer = make_trainer(model, train, algorithms, lr=LR, algorithm_passes=[select_first], **kwargs)
+    trainer.fit()
+    return trainer
+
+
+def assert_same_parameters(model, other, tolerance=1e-4):
+    before, after = (torch.cat([p.detach().flatten() for p in each.parameters()]) for each in (model, other))
+    assert (before - after).norm() <= tolerance * before.norm()
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """The numbers of samples that the Trainer's forward was served, call by call."""
+    sizes = []
+    original = SinglePass._rows
+
+    def rows(self, batch):
+        found = original(self, batch)
+        sizes.append(None if found is None else len(found))
+        return found
+
+    monkeypatch.setattr(SinglePass, "_rows", rows)
+    return sizes
+
+
+@pytest.mark.parametrize("microbatch_size", [2, M])
+@pytest.mark.parametrize("case", [MLP, NO_BIAS, CONV, REORDERED], ids=lambda case: case.name)
+def test_a_step_is_the_weighted_mean_gradient_of_the_picks(case, microbatch_size, served):
+    dataset, model = case.data(M), case.model()
+    algorithm = always()
+    seen = record_selections(algorithm)
+    trained(model, loader(dataset, M), [algorithm], device_train_microbatch_size=microbatch_size)
+    ((_, selection),) = seen
+    picks = selection.indices
+    assert sum(served) == len(picks), "every pick is served, and nothing else is"
+    assert selection.weights.std() > 0.01
+    inputs, targets = dataset.tensors
+    module = case.model().module
+    gradients = weighted_gradient(module, inputs[picks], targets[picks], selection.weights)
+    steps = [p.detach() - b.detach() for p, b in zip(model.module.parameters(), module.parameters(), strict=True)]
+    flat = torch.cat([s.flatten().double() for s in steps])
+    expected = torch.cat([-LR * g.flatten() for g in gradients])
+    assert (flat - expected).norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("algorithm", [GradMatch, LossBackprop])
+def test_training_is_that_of_two_passes(algorithm, served):
+    """Some epochs, with a smaller last minibatch, of a model without random numbers."""
+    models, logs = [], []
+    for reuse in (False, True):
+        log = InMemoryLogger()
+        model = CONV.model()
+        train = loader(CONV.data(40), 16)
+        torch.manual_seed(3)
+        trained(model, train, [always(algorithm, reuse=reuse)], max_duration="3ep", loggers=[log], seed=3)
+        models.append(model)
+        logs.append(log)
+    assert served == [6, 6, 3] * 3
+    if algorithm is GradMatch:
+        assert_same_parameters(*models)
+        for key in ("gradmatch/matching_residual", "loss/train/total", "metrics/train/MulticlassAccuracy"):
+            values = [[float(value) for _, value in log.data[key]] for log in logs]
+            assert values[0] == pytest.approx(values[1], rel=1e-3)
+        costs = [float(log.data["gradmatch/estimated_cost"][0][1]) for log in logs]
+        assert costs == pytest.approx([1 / 3 + 6 / 16, 1 / 3 + 2 / 3 * 6 / 16])
+
+
+@pytest.mark.parametrize("case", TEXT_CASES, ids=lambda case: case.name)
+def test_huggingface_models(case, served):
+    models = []
+    for reuse in (False, True):
+        model = case.model()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trained(model, loader(case.data(M), M), [always(reuse=reuse)], device_train_microbatch_size=4)
+        said = [str(each.message) for each in caught if "two forward passes" in str(each.message)]
+        assert not said
+        models.append(model)
+    assert sum(served) == int(KEEP * M)
+    assert_same_parameters(*models)
+
+
+def test_bert_with_dropout(served):
+    """The masks are those of the forward pass that selected: the verification would say if they were not."""
+    dropout = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
+    case = TextCase(
+        "dropout", lambda: BertForSequenceClassification(_bert_config(num_labels=3, **dropout)), _classes, ""
+    )
+    trained(case.model(), loader(case.data(M), M), [always()], max_duration="2ba")
+    assert sum(served) == 2 * int(KEEP * M)
+
+
+def test_running_statistics_are_updated_once_a_step_by_all_samples(served):
+    dataset, model = BATCHNORM.data(M), BATCHNORM.model()
+    expected = BATCHNORM.model().module
+    trained(model, loader(dataset, M), [always()], device_train_microbatch_size=4)
+    assert sum(served) == int(KEEP * M)
+    expected(dataset.tensors[0])
+    for found, other in zip(model.module.buffers(), expected.buffers(), strict=True):
+        torch.testing.assert_close(found, other)
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(12, 16), nn.Linear(16, 5)
+
+    def forward(self, inputs):
+        hidden = self.body(inputs)
+        return self.head(hidden.relu() if hidden.sum() > 0 else hidden.tanh())
+
+
+class Mixing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(12, 16), nn.Linear(16, 5)
+
+    def forward(self, inputs):
+        hidden = self.body(inputs)
+        return self.head((hidden - hidden.mean(0)).relu())
+
+
+@pytest.mark.parametrize(
+    ("case", "why"),
+    [
+        (Case("branching", Branching, "head", (12,)), "cannot be captured as one graph"),
+        (Case("mixing", Mixing, "head", (12,)), "layers mix samples"),
+        (IN_PLACE, "does not return its output layer's output as it is"),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_what_is_not_supported_falls_back_to_two_passes_and_says_why_once(case, why, served):
+    reference = case.model()
+    trained(reference, loader(case.data(M), M), [always(reuse=False)], max_duration="3ba")
+    model = case.model()
+    with pytest.warns(UserWarning, match=why) as caught:
+        trained(model, loader(case.data(M), M), [always()], max_duration="3ba")
+    assert sum("two forward passes" in str(each.message) for each in caught) == 1
+    assert not any(served)
+    assert_same_parameters(reference, model, tolerance=1e-6)
+
+
+def test_falling_back_leaves_no_trace_in_buffers_and_generators():
+    """Under dropout and batch normalisation: what two passes make, bit for bit."""
+
+    class MixingBatchNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.norm, self.head = nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Linear(16, 5)
+
+        def forward(self, inputs):
+            hidden = nn.functional.dropout(self.norm(self.body(inputs)), 0.3, self.training)
+            return self.head(hidden - hidden.flip(0))
+
+    case = Case("mixing", MixingBatchNorm, "head", (12,))
+    models = [case.model(), case.model()]
+    for model, reuse in zip(models, (False, True), strict=True):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "GradMatch: the activations")
+            trained(model, loader(case.data(M), M), [always(reuse=reuse)], max_duration="2ba", seed=1)
+    for one, other in zip(models[0].state_dict().values(), models[1].state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_pass_that_another_algorithm_makes_useless_is_given_up():
+    with pytest.warns(UserWarning, match="not those that were picked"):
+        trained(MLP.model(), loader(MLP.data(M), M), [always(), MixUp()], max_duration="2ba")
+
+
+@pytest.mark.parametrize("make", [SAM, lambda: LabelSmoothing(0.1), lambda: GradientClipping("norm", 0.1)])
+@pytest.mark.parametrize("microbatch_size", [3, M])
+def test_other_algorithms_compose(make, microbatch_size, served):
+    """SAM's second pass is at other weights, and so the model's own."""
+    models = [CONV.model(), CONV.model()]
+    for model, reuse in zip(models, (False, True), strict=True):
+        algorithms = [always(reuse=reuse), make()]
+        trained(model, loader(CONV.data(M), M), algorithms, device_train_microbatch_size=microbatch_size)
+    assert_same_parameters(*models)
+    assert sum(size or 0 for size in served) == int(KEEP * M)
+
+
+class Autocast(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, inputs):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.module(inputs)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_low_precision_and_a_gradient_scaler(scaled, monkeypatch, served):
+    models = []
+    for reuse in (False, True):
+        model = MLP.model()
+        model.module = Autocast(model.module)
+        with monkeypatch.context() as patched:
+            if scaled:
+                patched.setattr(Trainer, "_use_grad_scaling", lambda self, precision, scaler: True)
+                patched.setattr(Trainer, "_use_closures", lambda self: False)
+            trainer = make_trainer(
+                model,
+                loader(MLP.data(M), M),
+                [always(reuse=reuse)],
+                lr=LR,
+                algorithm_passes=[select_first],
+                device_train_microbatch_size=4,
+            )
+            if scaled:
+                trainer.state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+            trainer.fit()
+        models.append(model)
+    assert sum(served) == int(KEEP * M)
+    assert_same_parameters(*models, tolerance=2e-3)
+
+
+def test_resuming_continues_as_if_never_stopped(tmp_path, served):
+    def run(duration, **kwargs):
+        torch.manual_seed(0)
+        model = BATCHNORM.model()
+        train = loader(BATCHNORM.data(32), 16)
+        trained(model, train, [always()], max_duration=duration, seed=5, **kwargs)
+        return model
+
+    whole = run("4ep")
+    run("2ep", save_folder=str(tmp_path), save_filename="ep{epoch}.pt")
+    resumed = run("4ep", load_path=str(tmp_path / "ep2.pt"))
+    for one, other in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    assert None not in served
+
+
+def test_nothing_stays_behind():
+    model = MLP.model()
+    algorithm = always()
+    trained(model, loader(MLP.data(M), M), [algorithm])
+    assert "forward" not in vars(model)
+    assert not algorithm._single_pass.installed
+    assert algorithm._single_pass._pass is None
+    copy.deepcopy(model)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"scale_factor": 0.5}, {"selection_microbatch_size": 4}, {"selection_precision": "amp_bf16"}]
+)
+def test_a_selection_pass_of_its_own_is_refused(kwargs):
+    with pytest.raises(ValueError, match="the training step's own forward pass"):
+        always(**kwargs)
