@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from composer.algorithms import LabelSmoothing
@@ -23,11 +23,13 @@ from composer_gradmatch.layer_gradients import LayerGradients, gram_of_all
 from composer_gradmatch.losses import LossFn, check_unit_weights
 from composer_gradmatch.match import Match, match_mean_gradient, match_on_device
 from composer_gradmatch.matching import Solver, check_solver
-from composer_gradmatch.reuse.single_pass import SinglePass
 from composer_gradmatch.selection_pass import check_scale_factor, no_trace, scale_inputs, unwrap
 from composer_gradmatch.spans import span
 from composer_gradmatch.subset_backprop import Selection, WholeBatch
 from composer_gradmatch.two_pass_backprop import TwoPassBackprop
+
+if TYPE_CHECKING:
+    from composer_gradmatch.reuse.single_pass import SinglePass
 
 __all__ = ["GradMatch", "observe_output_layer", "select_using_gradient_matching"]
 

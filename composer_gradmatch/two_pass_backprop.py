@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from composer.core import Event, Precision, State, get_precision_context
@@ -14,7 +14,6 @@ from torch import nn
 
 from composer_gradmatch.batches import describe_targets, take_samples
 from composer_gradmatch.losses import LossFn, check_batch, check_losses, per_sample_losses, weighted_loss
-from composer_gradmatch.reuse.single_pass import SinglePass
 from composer_gradmatch.reuse.unsupported import UnsupportedError
 from composer_gradmatch.selection_pass import (
     check_scale_factor,
@@ -26,6 +25,9 @@ from composer_gradmatch.selection_pass import (
 )
 from composer_gradmatch.spans import span
 from composer_gradmatch.subset_backprop import Selection, SubsetBackprop
+
+if TYPE_CHECKING:
+    from composer_gradmatch.reuse.single_pass import SinglePass
 
 __all__ = ["TwoPassBackprop"]
 
@@ -151,6 +153,8 @@ class TwoPassBackprop(SubsetBackprop):
             if needs_all_ranks(model):
                 raise UnsupportedError("its forward passes are ones of all ranks (FSDP, SyncBatchNorm)")
             if self._single_pass is None:
+                from composer_gradmatch.reuse.single_pass import SinglePass  # Dynamo, which takes seconds to import.
+
                 self._single_pass = SinglePass(model, lambda: self._precision(state), self._watched_layer(state))
             with span("selection_forward"):
                 outputs = self._single_pass.forward(state.batch, num_samples)
