@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from composer import Callback, DataSpec, Trainer
-from composer.core import State
+from composer.core import Event, State
 from composer.loggers import Logger
 
 from composer_gradmatch import GradMatch, select_first
@@ -29,6 +29,30 @@ class _MeasuredGradMatch(GradMatch):
         return selection
 
 
+class _OnePassGradMatch(GradMatch):
+    """Takes the peak of each step of one forward pass, from the selection to the end of the step."""
+
+    peak = 0.0
+
+    def __init__(self, keep: float) -> None:
+        super().__init__(start=0.0, end=1.0, keep=keep, interrupt=0, reuse_activations=True)
+
+    def _after_dataloader(self, state: State, logger: Logger) -> None:
+        self._memory = PeakMemory().__enter__()
+        super()._after_dataloader(state, logger)
+
+    def match(self, event: Event, state: State) -> bool:
+        return event == Event.BATCH_END or super().match(event, state)
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        if event != Event.BATCH_END or super().match(event, state):
+            super().apply(event, state, logger)
+        if event == Event.BATCH_END:
+            self._memory.__exit__(None, None, None)
+            # Where the activations cannot be reused, there is no such step.
+            self.peak = float("nan") if self._makes_two_passes else self._memory.bytes
+
+
 class _StepPeak(Callback):
     """Takes the peak of a training step: forward, loss, backward, optimizer."""
 
@@ -46,7 +70,7 @@ def measure_memory(names: Sequence[str], samples: Sequence[int] = (), picks: int
     """One step of GradMatch a row: the peaks of its selection and of the training step on its picks.
 
     The selection pass runs once over all of M and once in microbatches of m samples, the size of the training
-    step's own.
+    step's own. The last column is of a whole step with ``reuse_activations``: NaN where the model does not allow it.
 
     Args:
         names (Sequence[str]): Keys of :data:`.MODELS`.
@@ -63,6 +87,8 @@ def measure_memory(names: Sequence[str], samples: Sequence[int] = (), picks: int
         for size in samples or model.samples:
             step_peak, (whole, _) = _StepPeak(), _step(name, size, m, size, Callback())
             parts, _ = _step(name, size, m, m, step_peak)
+            one_pass = _OnePassGradMatch(m / size)
+            _run(name, size, m, one_pass, Callback(), steps=2)  # The first captures the model, and verifies.
             rows.append(
                 {
                     "model": name,
@@ -71,22 +97,28 @@ def measure_memory(names: Sequence[str], samples: Sequence[int] = (), picks: int
                     "selection, one pass (MiB)": whole / 2**20,
                     "selection, microbatches (MiB)": parts / 2**20,
                     "training step (MiB)": step_peak.peak / 2**20,
+                    "step of one pass (MiB)": one_pass.peak / 2**20,
                 }
             )
     return rows
 
 
 def _step(name: str, size: int, picks: int, selection_size: int, callback: Callback) -> tuple[int, Trainer]:
-    torch.manual_seed(0)
-    batch, model = MODELS[name].batch(size), MODELS[name].build()
     algorithm = _MeasuredGradMatch(
         start=0.0, end=1.0, keep=picks / size, interrupt=0, selection_microbatch_size=selection_size
     )
+    trainer = _run(name, size, picks, algorithm, callback)
+    return algorithm.peak, trainer
+
+
+def _run(name: str, size: int, picks: int, algorithm: GradMatch, callback: Callback, steps: int = 1) -> Trainer:
+    torch.manual_seed(0)
+    batch, model = MODELS[name].batch(size), MODELS[name].build()
     trainer = Trainer(
         model=model,
-        train_dataloader=DataSpec([batch], get_num_samples_in_batch=lambda batch: len(batch[0])),
+        train_dataloader=DataSpec([batch] * steps, get_num_samples_in_batch=lambda batch: len(batch[0])),
         optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
-        max_duration="1ba",
+        max_duration=f"{steps}ba",
         device_train_microbatch_size=picks,
         algorithms=[algorithm],
         algorithm_passes=[select_first],
@@ -95,4 +127,4 @@ def _step(name: str, size: int, picks: int, selection_size: int, callback: Callb
     )
     trainer.fit()
     trainer.close()
-    return algorithm.peak, trainer
+    return trainer
