@@ -97,13 +97,14 @@ class SinglePass:
         inputs = self._pass.inputs
         assert inputs is not None
         leaves = [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-        if self._pass.fresh:
-            self._pass.run.graphs.layer_output = _position_of(self.layer, inputs, leaves)
-        leaf = leaves[self._pass.run.graphs.layer_output]
+        graphs = self._pass.run.graphs
+        if graphs.layer_output is None:
+            graphs.layer_output = _position_of(self.layer, inputs, leaves)
+        leaf = leaves[graphs.layer_output]
         if not losses.requires_grad:
             raise UnsupportedError("its losses do not depend on what it returns")
         grads = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
-        if sum(grad is not None for grad in grads) != 1 or grads[self._pass.run.graphs.layer_output] is None:
+        if sum(grad is not None for grad in grads) != 1 or grads[graphs.layer_output] is None:
             raise UnsupportedError("its losses depend on other outputs than the output layer's")
         (grad,) = (grad for grad in grads if grad is not None)
         shape = (*inputs.shape[:-1], self.layer.out_features)
@@ -132,7 +133,7 @@ class SinglePass:
             self._pass.run.graphs.verified = True
         self._versions = [leaf._version for leaf in tensor_leaves(picked)]
         self.missed = None
-        self._own_forward = self.model.forward
+        self._own_forward, self._instances_forward = self.model.forward, vars(self.model).get("forward")
         self.model.forward = self._serve  # type: ignore[method-assign]
         self.installed = True
 
@@ -146,6 +147,8 @@ class SinglePass:
         """Lets go of the activations, and of the model's ``forward``."""
         if self.installed:
             del self.model.forward
+            if self._instances_forward is not None:
+                self.model.forward = self._instances_forward
         self.installed = False
         self._pass = self._picked = self._batch = None
         self.leaves: list[Any] = []

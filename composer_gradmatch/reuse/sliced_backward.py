@@ -47,7 +47,7 @@ class Graphs:
         #: Whether the gradients were found to be right.
         self.verified = False
         #: Which of the outputs that have gradients is the watched layer's.
-        self.layer_output = 0
+        self.layer_output: int | None = None
         self.layouts: dict[fx.Node, Layout | None] | None = None
         self.sliced: fx.GraphModule | None = None
 

@@ -25,8 +25,11 @@ from composer_gradmatch.reuse.unsupported import UnsupportedError
 
 __all__ = ["check_gradients", "check_outputs", "picks_normalised_by_all"]
 
-#: Of gradients relative to their norm, and of outputs.
+#: Of outputs relative to their norm, in single and in half precision.
 _TOLERANCE, _LOW_PRECISION_TOLERANCE = 1e-3, 5e-2
+#: Of gradients in single precision. Rounding switches units of a ReLU on and off, which in a ResNet-18 with batch
+#: normalisation was seen to make 0.4 % of a gradient; a tensor that is sliced wrongly makes tens of per cent.
+_GRADIENT_TOLERANCE = 1e-2
 
 
 def _tolerance(tensors: Sequence[torch.Tensor]) -> float:
@@ -76,9 +79,9 @@ def check_gradients(
         difference = reference if one is None else one - reference
         error = error.to(reference.device) + difference.double().square().sum()
         size = size.to(reference.device) + reference.double().square().sum()
-    if not size.isfinite():
-        raise UnsupportedError("the gradients that it should be compared with are not finite")
-    tolerance = _LOW_PRECISION_TOLERANCE if low_precision else _TOLERANCE
+    if not size.isfinite() or not size > 0:
+        raise UnsupportedError("the gradients that it should be compared with are not finite, or zero")
+    tolerance = _LOW_PRECISION_TOLERANCE if low_precision else _GRADIENT_TOLERANCE
     if not error.sqrt() <= tolerance * size.sqrt():
         raise UnsupportedError(
             f"its gradient differs from that of the same picks by {float((error / size).sqrt()):.2g} of its norm: "
