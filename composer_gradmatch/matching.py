@@ -176,7 +176,7 @@ def _solve(
         raise ValueError(f"norm_squared must be a number >= 0, ‖ḡ‖² of what is matched; got {norm_squared!r}.")
     if np.issubdtype(gram.dtype, np.complexfloating) or np.issubdtype(target.dtype, np.complexfloating):
         raise ValueError(f"gram and target must be real, got {gram.dtype} and {target.dtype}.")
-    if gram.dtype.str[1:] not in ("f8", "f4") or gram.dtype.newbyteorder("=") != gram.dtype:
+    if gram.dtype not in (np.float64, np.float32):  # Which another byte order is not, either.
         gram = gram.astype(np.float64)
     target = np.asarray(target, dtype=np.float64)
     if not (np.isfinite(gram).all() and np.isfinite(target).all()):

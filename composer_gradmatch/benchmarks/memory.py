@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from composer import Callback, DataSpec, Trainer
-from composer.core import Event, State
+from composer.core import State
 from composer.loggers import Logger
 
 from composer_gradmatch import GradMatch, select_first
@@ -30,27 +30,28 @@ class _MeasuredGradMatch(GradMatch):
 
 
 class _OnePassGradMatch(GradMatch):
-    """Takes the peak of each step of one forward pass, from the selection to the end of the step."""
-
-    peak = 0.0
+    """Opens the measurement of each step before its selection; :class:`_OnePassPeak` closes it."""
 
     def __init__(self, keep: float) -> None:
         super().__init__(start=0.0, end=1.0, keep=keep, interrupt=0, reuse_activations=True)
 
     def _after_dataloader(self, state: State, logger: Logger) -> None:
-        self._memory = PeakMemory().__enter__()
+        self.memory = PeakMemory().__enter__()
         super()._after_dataloader(state, logger)
 
-    def match(self, event: Event, state: State) -> bool:
-        return event == Event.BATCH_END or super().match(event, state)
 
-    def apply(self, event: Event, state: State, logger: Logger) -> None:
-        if event != Event.BATCH_END or super().match(event, state):
-            super().apply(event, state, logger)
-        if event == Event.BATCH_END:
-            self._memory.__exit__(None, None, None)
-            # Where the activations cannot be reused, there is no such step.
-            self.peak = float("nan") if self._makes_two_passes else self._memory.bytes
+class _OnePassPeak(Callback):
+    """Takes the peak of the last step of one forward pass, from the selection to the end of the step."""
+
+    peak = 0.0
+
+    def __init__(self, algorithm: _OnePassGradMatch) -> None:
+        self.algorithm = algorithm
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self.algorithm.memory.__exit__(None, None, None)
+        # Where the activations cannot be reused, there is no such step.
+        self.peak = float("nan") if self.algorithm._makes_two_passes else self.algorithm.memory.bytes
 
 
 class _StepPeak(Callback):
@@ -85,10 +86,11 @@ def measure_memory(names: Sequence[str], samples: Sequence[int] = (), picks: int
         model = MODELS[name]
         m = model.picks if picks is None else picks
         for size in samples or model.samples:
-            step_peak, (whole, _) = _StepPeak(), _step(name, size, m, size, Callback())
-            parts, _ = _step(name, size, m, m, step_peak)
-            one_pass = _OnePassGradMatch(m / size)
-            _run(name, size, m, one_pass, Callback(), steps=2)  # The first captures the model, and verifies.
+            step_peak, whole = _StepPeak(), _selection_peak(name, size, m, size, Callback())
+            parts = _selection_peak(name, size, m, m, step_peak)
+            algorithm = _OnePassGradMatch(m / size)
+            one_pass = _OnePassPeak(algorithm)
+            _run(name, size, m, algorithm, one_pass, steps=2)  # The first captures the model, and verifies.
             rows.append(
                 {
                     "model": name,
@@ -103,15 +105,15 @@ def measure_memory(names: Sequence[str], samples: Sequence[int] = (), picks: int
     return rows
 
 
-def _step(name: str, size: int, picks: int, selection_size: int, callback: Callback) -> tuple[int, Trainer]:
+def _selection_peak(name: str, size: int, picks: int, selection_size: int, callback: Callback) -> int:
     algorithm = _MeasuredGradMatch(
         start=0.0, end=1.0, keep=picks / size, interrupt=0, selection_microbatch_size=selection_size
     )
-    trainer = _run(name, size, picks, algorithm, callback)
-    return algorithm.peak, trainer
+    _run(name, size, picks, algorithm, callback)
+    return algorithm.peak
 
 
-def _run(name: str, size: int, picks: int, algorithm: GradMatch, callback: Callback, steps: int = 1) -> Trainer:
+def _run(name: str, size: int, picks: int, algorithm: GradMatch, callback: Callback, steps: int = 1) -> None:
     torch.manual_seed(0)
     batch, model = MODELS[name].batch(size), MODELS[name].build()
     trainer = Trainer(
@@ -127,4 +129,3 @@ def _run(name: str, size: int, picks: int, algorithm: GradMatch, callback: Callb
     )
     trainer.fit()
     trainer.close()
-    return trainer

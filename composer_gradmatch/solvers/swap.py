@@ -24,6 +24,7 @@ def solve_swap(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
         tuple: Picks (n,), int64, those exchanged in the place of what they came for, and weights γ (n,), float64.
     """
     pursuit = pursue(problem)
+    gain, rounding = pursuit.gain()
     for _ in range(problem.k):
         exchange = _best_exchange(pursuit)
         if exchange is None:
@@ -33,10 +34,10 @@ def solve_swap(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
         picks = [*pursuit.picks[:position], entering, *pursuit.picks[position + 1 :]]
         if not exchanged.restart(picks):
             break
-        (gain, rounding), (gain_before, rounding_before) = exchanged.gain(), pursuit.gain()
-        if gain - rounding <= gain_before + rounding_before:
+        new_gain, new_rounding = exchanged.gain()
+        if new_gain - new_rounding <= gain + rounding:
             break  # Among near-dependent samples, rounding promised a gain that is none.
-        pursuit = exchanged
+        pursuit, gain, rounding = exchanged, new_gain, new_rounding
     return np.array(pursuit.picks, dtype=np.int64), pursuit.weights()
 
 

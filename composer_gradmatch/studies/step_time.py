@@ -14,6 +14,7 @@ from composer.loggers import Logger
 from composer_gradmatch.spans import SpanRecorder
 from composer_gradmatch.studies.interleave import Interleaved, Variant, fit_interleaved
 from composer_gradmatch.studies.store import Run
+from composer_gradmatch.studies.strategies import REUSE
 
 __all__ = ["PARTS", "StepTimer", "estimated_cost", "step_time", "step_time_run"]
 
@@ -37,7 +38,7 @@ def estimated_cost(strategy: str, keep: float) -> float:
 
     Where the selection pass is the training step's own, (M/3 + 2m/3)/M.
     """
-    if strategy.endswith("_reuse"):
+    if strategy in REUSE:
         return 1 / 3 + 2 * keep / 3
     return 1.0 if strategy == "full" else keep + (0 if strategy == "random" else 1 / 3)
 

@@ -9,7 +9,7 @@ from typing import Any
 from composer_gradmatch.builders import resolve
 from composer_gradmatch.config import ConfigError
 
-__all__ = ["STRATEGIES", "selecting_entry", "strategy_entry", "with_strategy"]
+__all__ = ["REUSE", "STRATEGIES", "selecting_entry", "strategy_entry", "with_strategy"]
 
 #: Study name → the algorithm's name in YAML; None is the full batch.
 STRATEGIES: dict[str, str | None] = {
@@ -21,8 +21,8 @@ STRATEGIES: dict[str, str | None] = {
     "loss_reuse": "loss_backprop",
     "full": None,
 }
-#: What those strategies are that reuse the activations of the selection pass.
-_REUSE = {"gradmatch_reuse", "loss_reuse"}
+#: The strategies that reuse the activations of the selection pass.
+REUSE = {"gradmatch_reuse", "loss_reuse"}
 #: What makes the selection pass another one than the training step's.
 _OWN_PASS = ("scale_factor", "selection_microbatch_size", "selection_precision")
 _ALWAYS = {"start": 0.0, "end": 1.0, "interrupt": 0}
@@ -69,7 +69,7 @@ def strategy_entry(config: dict[str, Any], strategy: str, keep: float) -> dict[s
     accepted = inspect.signature(resolve("algorithm", name)).parameters
     common = ("start", "end", "interrupt", "input_key", "target_key", "scale_factor")
     arguments = {**own, **{key: shared[key] for key in common if key in shared and key in accepted}}
-    if strategy in _REUSE:
+    if strategy in REUSE:
         arguments = {key: value for key, value in arguments.items() if key not in _OWN_PASS}
         arguments["reuse_activations"] = True
     return {name: {**arguments, "keep": keep}}
