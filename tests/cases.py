@@ -65,6 +65,18 @@ class InPlace(nn.Module):
         return self.head(torch.tanh(self.body(inputs))).mul_(0.5)
 
 
+class Autocast(nn.Module):
+    """A module that computes in bfloat16, as AMP does."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, inputs):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.module(inputs)
+
+
 @dataclass(frozen=True)
 class Case:
     name: str

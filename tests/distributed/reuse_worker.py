@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from cases import CONV, loader, make_trainer, record_selections
 from composer.utils import dist, get_device
+from launching import save_step
 
 from composer_gradmatch import GradMatch, select_first
 from composer_gradmatch.reuse.single_pass import SinglePass
@@ -44,14 +45,4 @@ if __name__ == "__main__":
         device_train_microbatch_size=microbatch_size,
     )
     trainer.fit()
-    (((inputs, targets), selection),) = seen
-    torch.save(
-        {
-            "inputs": inputs[selection.indices],
-            "targets": targets[selection.indices],
-            "weights": selection.weights,
-            "parameters": [p.detach().clone() for p in model.module.parameters()],
-            "served": served,
-        },
-        folder / f"rank{dist.get_global_rank()}.pt",
-    )
+    save_step(folder, seen, model, served=served)

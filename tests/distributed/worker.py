@@ -7,10 +7,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 from cases import CONV, loader, make_trainer, record_selections
 from composer import DataSpec
 from composer.utils import dist, get_device
+from launching import save_step
 
 from composer_gradmatch import GradMatch, select_first
 
@@ -37,13 +37,4 @@ if __name__ == "__main__":
         device_train_microbatch_size=microbatch_size,
     )
     trainer.fit()
-    (((inputs, targets), selection),) = seen
-    torch.save(
-        {
-            "inputs": inputs[selection.indices],
-            "targets": targets[selection.indices],
-            "weights": selection.weights,
-            "parameters": [p.detach().clone() for p in model.module.parameters()],
-        },
-        folder / f"rank{dist.get_global_rank()}.pt",
-    )
+    save_step(folder, seen, model)

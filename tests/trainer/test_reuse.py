@@ -7,7 +7,19 @@ import warnings
 
 import pytest
 import torch
-from cases import BATCHNORM, CONV, IN_PLACE, MLP, NO_BIAS, REORDERED, Case, loader, make_trainer, record_selections
+from cases import (
+    BATCHNORM,
+    CONV,
+    IN_PLACE,
+    MLP,
+    NO_BIAS,
+    REORDERED,
+    Autocast,
+    Case,
+    loader,
+    make_trainer,
+    record_selections,
+)
 from composer import Trainer
 from composer.algorithms import SAM, GradientClipping, LabelSmoothing, MixUp
 from composer.loggers import InMemoryLogger
@@ -206,16 +218,6 @@ def test_other_algorithms_compose(make, microbatch_size, served):
         trained(model, loader(CONV.data(M), M), algorithms, device_train_microbatch_size=microbatch_size)
     assert_same_parameters(*models)
     assert sum(size or 0 for size in served) == int(KEEP * M)
-
-
-class Autocast(nn.Module):
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, inputs):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return self.module(inputs)
 
 
 @pytest.mark.parametrize("scaled", [False, True])

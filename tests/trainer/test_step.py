@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cases import CONV, MLP, STEP_CASES, loader, make_trainer, record_selections
+from cases import CONV, MLP, STEP_CASES, Autocast, loader, make_trainer, record_selections
 from composer import DataSpec, Trainer
 from composer.algorithms import SAM
 from composer.algorithms.sam.sam import SAMOptimizer
@@ -111,18 +111,6 @@ def test_a_split_batch_that_hides_the_samples_is_an_error_not_a_wrong_weight():
     )
     with pytest.raises(ValueError, match="Cannot tell which of the picked samples"):
         step_of(CONV.model(), spec, device_train_microbatch_size=4)
-
-
-class Autocast(torch.nn.Module):
-    """A module that computes in bfloat16, as AMP does."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, inputs):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return self.module(inputs)
 
 
 @pytest.mark.parametrize("scaled", [False, True])
