@@ -14,7 +14,7 @@ from torch import nn
 
 from composer_gradmatch.batches import describe_targets, take_samples
 from composer_gradmatch.losses import LossFn, check_batch, check_losses, per_sample_losses, weighted_loss
-from composer_gradmatch.reuse.unsupported import UnsupportedError
+from composer_gradmatch.reuse.unsupported import UndecidedError, UnsupportedError
 from composer_gradmatch.selection_pass import (
     check_scale_factor,
     largest_on_all_ranks,
@@ -180,6 +180,8 @@ class TwoPassBackprop(SubsetBackprop):
 
         try:
             single.serve(selection.indices, state.batch, selection.weights, losses)
+        except UndecidedError as error:
+            self._warn_once(f"two forward passes are made until one can be verified: {error}.")
         except UnsupportedError as error:
             self._make_two_passes(str(error))
 

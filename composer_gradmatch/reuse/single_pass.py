@@ -44,6 +44,7 @@ class SinglePass:
         self._pass: Pass | None = None
         self._restore: Callable[[], None] = lambda: None
         self._batch: Any = None
+        self._num_samples = 0
         #: Whether the Trainer's forward is served from the pass.
         self.installed = False
         #: Why the Trainer's forward could not be served, if it could not.
@@ -70,7 +71,7 @@ class SinglePass:
         Raises:
             UnsupportedError: If it cannot be captured, or not sliced; then it has left no trace.
         """
-        self._restore, self._batch = snapshot(self.model), batch
+        self._restore, self._batch, self._num_samples = snapshot(self.model), batch, num_samples
         try:
             with self.precision():
                 self._pass = self._captured_forward(self._inputs(batch), num_samples)
@@ -120,15 +121,17 @@ class SinglePass:
             losses (Callable): Samples' losses, for the verification.
 
         Raises:
-            UnsupportedError: If the gradients are not those of the same picks; then the pass has left no trace.
+            UndecidedError: If nothing can be compared on this minibatch; then the pass has left no trace.
+            UnsupportedError: If the gradients are not those of the same picks; then, too.
         """
         assert self._pass is not None
         self._picked, self._picks = picked, picks.to(next(tensor_leaves(picked)).device)
         if not self._pass.run.graphs.verified:
             try:
                 self._verify(torch.ones(len(picks)) if weights is None else weights, losses)
-            except UnsupportedError:
-                self.abandon()
+            except BaseException:
+                self.release()
+                self._restore()
                 raise
             self._pass.run.graphs.verified = True
         self._versions = [leaf._version for leaf in tensor_leaves(picked)]
@@ -199,37 +202,52 @@ class SinglePass:
         return rows
 
     def _verify(self, weights: torch.Tensor, losses: Losses) -> None:
+        """Compares outputs and gradients with the model's own, and makes the pass once more.
+
+        The reference is the model's forward pass on the picks, as two passes would make it; on all samples where it
+        draws random numbers, which would be others on the picks alone, or where batch normalisation mixes samples.
+        """
         assert self._pass is not None
-        captured, after = self._pass, snapshot(self.model)
+        captured, graphs, outputs = self._pass.run.outputs, self._pass.run.graphs, self._pass.outputs
+        low = any(value.dtype in (torch.float16, torch.bfloat16) for value in self._pass.run.tensors())
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
         def gradients(outputs: Any) -> tuple[torch.Tensor | None, ...]:
             each = losses(self._completed(outputs, self._picked), self._picked)
             return torch.autograd.grad((each * weights.to(each)).sum(), parameters, allow_unused=True)
 
-        try:
-            with self.precision(), torch.enable_grad():
-                found = gradients(captured.rows(self._picks))
-                self._restore()
-                with picks_normalised_by_all(self.model, self._picks):
-                    outputs = self.model(self._inputs(self._batch))
-                own = [leaf for leaf in tree_flatten(outputs)[0] if isinstance(leaf, torch.Tensor)]
-                if len(own) != len(captured.run.outputs):
-                    raise UnsupportedError("the model itself returns other tensors than when it is captured")
-                check_outputs(captured.run.outputs, [leaf.detach() for leaf in own])
-                rows = tree_map_only(torch.Tensor, lambda leaf: leaf.index_select(0, self._picks), outputs)
-                low = any(value.dtype in (torch.float16, torch.bfloat16) for value in captured.run.tensors())
-                check_gradients(found, gradients(rows), low)
-                if self._adds_loss:
-                    self._restore()
-                    with torch.no_grad():
-                        whole = self.model(self._batch)
-                        own_loss = whole["loss"] if isinstance(whole, MutableMapping) else whole[0]
-                        completed = self._completed(captured.outputs, self._batch)
-                        loss = completed["loss"] if isinstance(whole, MutableMapping) else completed[0]
-                    check_outputs([loss], [own_loss])
-        finally:
-            after()
+        def rows(outputs: Any) -> Any:
+            return tree_map_only(torch.Tensor, lambda leaf: leaf.index_select(0, self._picks), outputs)
+
+        with self.precision(), torch.enable_grad():
+            found = gradients(self._pass.rows(self._picks))
+            self._pass = None  # The activations of two forward passes need not be held at once.
+            self._restore()
+            with picks_normalised_by_all(self.model, self._picks) as mixed:
+                alone = not mixed and not graphs.random
+                reference = self.model(self._inputs(self._picked if alone else self._batch))
+            own = [leaf for leaf in tree_flatten(reference)[0] if isinstance(leaf, torch.Tensor)]
+            if len(own) != len(captured):
+                raise UnsupportedError("the model itself returns other tensors than when it is captured")
+            own = [leaf.detach() for leaf in own]
+            if alone:
+                check_outputs(rows(captured), own, "that on the picks alone: layers mix samples, or run in another way")
+            else:
+                check_outputs(captured, own)
+            check_gradients(found, gradients(reference if alone else rows(reference)), low)
+            del reference, own
+            if self._adds_loss:
+                self._check_loss(outputs)
+            self._restore()
+            self._pass = self._captured_forward(self._inputs(self._batch), self._num_samples)
+
+    @torch.no_grad()
+    def _check_loss(self, outputs: Any) -> None:
+        """Compares the loss that is put into the outputs with the model's own."""
+        self._restore()
+        whole, completed = self.model(self._batch), self._completed(outputs, self._batch)
+        key = "loss" if isinstance(whole, MutableMapping) else 0
+        check_outputs([completed[key]], [whole[key]])
 
 
 @torch.no_grad()

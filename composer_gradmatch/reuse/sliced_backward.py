@@ -44,6 +44,8 @@ class Graphs:
         placeholders = [node for node in backward.graph.nodes if node.op == "placeholder"]
         #: Which outputs have gradients, as positions among the outputs.
         self.num_tangents = len(placeholders) - len(saved)
+        #: Whether the forward pass draws random numbers.
+        self.random = any(node.op == "call_function" and is_random(node) for node in forward.graph.nodes)
         #: Whether the gradients were found to be right.
         self.verified = False
         #: Which of the outputs that have gradients is the watched layer's.

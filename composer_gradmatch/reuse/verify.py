@@ -21,7 +21,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from composer_gradmatch.reuse.unsupported import UnsupportedError
+from composer_gradmatch.reuse.unsupported import UndecidedError, UnsupportedError
 
 __all__ = ["check_gradients", "check_outputs", "picks_normalised_by_all"]
 
@@ -37,21 +37,27 @@ def _tolerance(tensors: Sequence[torch.Tensor]) -> float:
     return _LOW_PRECISION_TOLERANCE if low else _TOLERANCE
 
 
-def check_outputs(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
+def check_outputs(
+    found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], reference: str = "the model's own"
+) -> None:
     """Compares what the captured forward pass returned with what the model itself does.
 
     Args:
         found (Sequence[torch.Tensor]): The captured tensors.
         expected (Sequence[torch.Tensor]): The model's own.
+        reference (str, optional): What they are, for the message. Default: ``"the model's own"``.
 
     Raises:
+        UndecidedError: If the reference is not finite.
         UnsupportedError: If they differ by more than rounding.
     """
     for one, other in zip(found, expected, strict=True):
         error, size = (one.double() - other.double()).norm(), other.double().norm()
+        if not size.isfinite():
+            raise UndecidedError("the outputs that it should be compared with are not finite")
         if not error <= _tolerance([one, other]) * size:
             raise UnsupportedError(
-                f"the captured forward pass differs from the model's own by {float(error / size):.2g} of its norm"
+                f"the captured forward pass differs by {float(error / size):.2g} of its norm from {reference}"
             )
 
 
@@ -68,7 +74,8 @@ def check_gradients(
         low_precision (bool, optional): Whether some of it was computed in 16 bits. Default: ``False``.
 
     Raises:
-        UnsupportedError: If they differ by more than rounding, or the sliced ones are not finite where the others are.
+        UndecidedError: If the reference is not finite, or zero.
+        UnsupportedError: If they differ by more than rounding, or the sliced ones are not finite.
     """
     error = size = torch.zeros((), dtype=torch.float64)
     for one, other in zip(found, expected, strict=True):
@@ -80,7 +87,7 @@ def check_gradients(
         error = error.to(reference.device) + difference.double().square().sum()
         size = size.to(reference.device) + reference.double().square().sum()
     if not size.isfinite() or not size > 0:
-        raise UnsupportedError("the gradients that it should be compared with are not finite, or zero")
+        raise UndecidedError("the gradients that it should be compared with are not finite, or zero")
     tolerance = _LOW_PRECISION_TOLERANCE if low_precision else _GRADIENT_TOLERANCE
     if not error.sqrt() <= tolerance * size.sqrt():
         raise UnsupportedError(
@@ -134,8 +141,8 @@ def picks_normalised_by_all(model: nn.Module, rows: torch.Tensor) -> Iterator[bo
         model (nn.Module): The model, run over all samples in the context.
         rows (torch.Tensor): The picks, int64, shape (m,).
 
-    Returns:
-        Iterator[bool]: Whether there is any such layer.
+    Yields:
+        Whether there is any such layer.
     """
     layers = [
         module

@@ -20,8 +20,9 @@ from cases import (
     make_trainer,
     record_selections,
 )
-from composer import Trainer
+from composer import Callback, Trainer
 from composer.algorithms import SAM, GradientClipping, LabelSmoothing, MixUp
+from composer.core import Event
 from composer.loggers import InMemoryLogger
 from oracles import weighted_gradient
 from text_cases import TEXT_CASES, TextCase, _bert_config, _classes
@@ -29,6 +30,7 @@ from torch import nn
 from transformers import BertForSequenceClassification
 
 from composer_gradmatch import GradMatch, LossBackprop, select_first
+from composer_gradmatch.benchmarks.peak import PeakMemory
 from composer_gradmatch.reuse.single_pass import SinglePass
 
 M, KEEP, LR = 23, 0.4, 0.1
@@ -278,3 +280,36 @@ def test_nothing_stays_behind():
 def test_a_selection_pass_of_its_own_is_refused(kwargs):
     with pytest.raises(ValueError, match="the training step's own forward pass"):
         always(**kwargs)
+
+
+def test_a_minibatch_that_shows_nothing_is_trained_in_two_passes_and_the_next_in_one(served):
+    layers = [nn.Linear(12, 16, bias=False), nn.ReLU(), nn.Linear(16, 5, bias=False)]
+    case = Case("unbiased", lambda: nn.Sequential(*layers), "2", (12,))
+    dataset = case.data(2 * M)
+    dataset.tensors[0][:M] = 0
+    with pytest.warns(UserWarning, match="until one can be verified: the gradients .* not finite, or zero") as caught:
+        trained(case.model(), loader(dataset, M), [always(LossBackprop)], max_duration="2ba")
+    assert not any("cannot be used" in str(each.message) for each in caught)
+    assert served == [int(KEEP * M)]
+
+
+class PeakOfStep(Callback):
+    def __init__(self):
+        self.peaks = []
+
+    def run_event(self, event, state, logger):
+        if event == Event.BEFORE_DATALOADER:
+            self.memory = PeakMemory().__enter__()
+        elif event == Event.BATCH_END:
+            self.memory.__exit__(None, None, None)
+            self.peaks.append(self.memory.bytes)
+
+
+def test_the_step_that_verifies_does_not_hold_two_passes_activations():
+    layers = [layer for _ in range(6) for layer in (nn.Linear(64, 64), nn.Tanh(), nn.Dropout(0.2))]
+    case = Case("deep", lambda: nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 64, 5)), "19", (64, 64))
+    peaks = PeakOfStep()
+    activations = 6 * 2.25 * M * 64 * 64 * 4
+    trained(case.model(), loader(case.data(M), M), [always()], max_duration="2ep", callbacks=[peaks])
+    assert peaks.peaks[1] > activations
+    assert peaks.peaks[0] < 1.5 * peaks.peaks[1]
