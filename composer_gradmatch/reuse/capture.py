@@ -21,7 +21,7 @@ from composer_gradmatch.reuse.unsupported import UnsupportedError
 
 __all__ = ["CapturedForward", "Pass"]
 
-#: How many shapes of batches (lengths of sequences, say) a model is traced for before it is called unsupported.
+#: How many shapes of batches a model is traced for before it is called unsupported.
 _CAPTURES = 64
 
 
@@ -34,20 +34,21 @@ class Pass:
         inputs (torch.Tensor, optional): The inputs of the watched layer, H, without a graph.
         run (Run): The saved tensors, and the backward pass of them.
         read (list[bool]): Which of the batch's tensors the forward pass has read.
-        fresh (bool): Whether the graphs were captured just now.
     """
 
     outputs: Any
     inputs: torch.Tensor | None
     run: Run
     read: list[bool]
-    fresh: bool
 
-    def rows(self, rows: torch.Tensor) -> Any:
-        """What the model returned, for the samples ``rows``, with the sliced backward pass as its graph."""
+    def rows(self, rows: torch.Tensor, last: bool = False) -> Any:
+        """What the model returned, for the samples ``rows``, with the sliced backward pass as its graph.
+
+        The backward pass of the ``last`` ones lets go of the saved tensors.
+        """
         leaves, structure = tree_flatten(self.outputs)
         position = {id(tensor): i for i, tensor in enumerate(self.run.outputs)}
-        taken = self.run.take(rows)
+        taken = self.run.take(rows, last)
         return tree_unflatten(
             [taken[position[id(leaf)]] if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], structure
         )
@@ -66,6 +67,9 @@ class _Recording:
 class CapturedForward:
     """Runs a model's forward pass as a graph whose saved tensors can be sliced.
 
+    The number of samples is a symbol in the graph. So is any other size of the batch's tensors that was seen to vary
+    (lengths of sequences), unless ``varying`` is set to False.
+
     Args:
         forward (Callable): The model's forward, called on a batch.
         layer (nn.Module, optional): The layer whose inputs are watched. Default: ``None``.
@@ -75,7 +79,11 @@ class CapturedForward:
         self._layer = layer
         self._recording = _Recording()
         self._seen: list[torch.Tensor] = []
-        self._known: set[int] = set()
+        #: Whether other sizes than the number of samples may be symbols, and whether any was in the last call.
+        self.varying, self.varies = True, False
+        self._shapes: list[torch.Size] = []
+        self._varied: set[tuple[int, int]] = set()
+        self._num_samples = 0
         seen = self._seen
 
         def traced(batch: Any) -> tuple[Any, list[torch.Tensor]]:
@@ -95,6 +103,7 @@ class CapturedForward:
             UnsupportedError: If the model cannot be captured, or its activations not be sliced.
         """
         leaves = []
+        self._num_samples = num_samples
 
         def mark(leaf: torch.Tensor) -> torch.Tensor:
             # Gaps between rows would be a stride, and so a size that varies.
@@ -105,6 +114,10 @@ class CapturedForward:
             return leaf
 
         marked = map_tensors(mark, batch)
+        sizes = self._varying_sizes(leaves)
+        self.varies = bool(sizes)
+        for leaf, dim in sizes:
+            torch._dynamo.maybe_mark_dynamic(leaf, dim)
         recording = self._recording
         recording.run = None
         handle = None if self._layer is None else self._layer.register_forward_pre_hook(self._watch)
@@ -127,6 +140,17 @@ class CapturedForward:
         if recording.run is None:
             raise UnsupportedError("its forward pass has no gradient")
         return self._finish(outputs, seen, leaves)
+
+    def _varying_sizes(self, leaves: list[torch.Tensor]) -> list[tuple[torch.Tensor, int]]:
+        """The sizes, but the number of samples, that differ from those of an earlier batch."""
+        shapes = [leaf.shape for leaf in leaves]
+        for i, (old, new) in enumerate(zip(self._shapes, shapes, strict=False)):
+            self._varied.update((i, dim) for dim in range(1, min(len(old), len(new))) if old[dim] != new[dim])
+        self._shapes = shapes
+        found = [(leaf, dim) for i, leaf in enumerate(leaves) for dim in range(leaf.dim()) if (i, dim) in self._varied]
+        # Sizes that are alike get one symbol.
+        alike = any(leaf.shape[dim] == self._num_samples for leaf, dim in found)
+        return found if self.varying and not alike else []
 
     def _watch(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         self._seen.append(args[0].detach())
@@ -156,14 +180,12 @@ class CapturedForward:
         outputs = tree_unflatten(
             [next(stripped) if isinstance(leaf, torch.Tensor) else leaf for leaf in flat], structure
         )
-        fresh = id(run.graphs) not in self._known
-        self._known.add(id(run.graphs))
         recording.results = recording.arguments = ()
-        return Pass(outputs, seen[0].detach() if seen else None, run, read, fresh)
+        return Pass(outputs, seen[0].detach() if seen else None, run, read)
 
     def _backend(self, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Dynamo's backend: partitions the graph, and runs its forward part under record."""
-        batch = _batch_symbol(graph)
+        batch = _batch_symbol(graph, self._num_samples)
         num_results = _copy_outputs(graph)
         graphs: list[Graphs] = []
 
@@ -209,16 +231,13 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
-def _batch_symbol(graph: fx.GraphModule) -> sympy.Symbol:
-    """The symbol of the number of samples, the only size that varies."""
-    found = []
-    for node in graph.graph.nodes:
-        value = node.meta.get("example_value")
-        if node.op == "placeholder" and isinstance(value, torch.SymInt):
-            found.append(value.node.expr)
-    if len(set(found)) != 1 or not isinstance(found[0], sympy.Symbol):
-        raise UnsupportedError(f"the sizes that vary are {found or 'none'}, not the number of samples alone")
-    return found[0]
+def _batch_symbol(graph: fx.GraphModule, num_samples: int) -> sympy.Symbol:
+    """The symbol of the number of samples, the only size that varies and is ``num_samples``."""
+    values = [node.meta.get("example_value") for node in graph.graph.nodes if node.op == "placeholder"]
+    found = {value.node.expr for value in values if isinstance(value, torch.SymInt) and value.node.hint == num_samples}
+    if len(found) != 1 or not isinstance(symbol := found.pop(), sympy.Symbol):
+        raise UnsupportedError("the number of samples is no size that can vary")
+    return symbol
 
 
 def _copy_outputs(graph: fx.GraphModule) -> int:

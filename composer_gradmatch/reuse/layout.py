@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
 from typing import Any
 
 import sympy
@@ -18,7 +20,10 @@ from torch import fx
 
 from composer_gradmatch.reuse.unsupported import UnsupportedError
 
-__all__ = ["Layout", "determine_layouts", "is_random"]
+__all__ = ["Layout", "Sizes", "at", "determine_layouts", "is_random"]
+
+#: Symbols of sizes, and what they are in a batch.
+Sizes = tuple[tuple[sympy.Symbol, int], ...]
 
 #: Samples of which two copies are made.
 _PROBES = 3
@@ -30,20 +35,34 @@ class Layout:
 
     Attributes:
         dim (int): The dimension.
-        outer (int): How many blocks of M samples there are. Default: ``1``.
-        inner (int): How many neighbours belong to one sample. Default: ``1``.
+        outer (sympy.Expr): How many blocks of M samples there are; varies with other sizes than M. Default: ``1``.
+        inner (sympy.Expr): How many neighbours belong to one sample. Default: ``1``.
     """
 
     dim: int
-    outer: int = 1
-    inner: int = 1
+    outer: sympy.Expr = sympy.S.One
+    inner: sympy.Expr = sympy.S.One
 
-    def take(self, tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """The samples ``rows``, int64, shape (m,), in a tensor of the same layout."""
-        if self.outer == self.inner == 1:
+    def take(self, tensor: torch.Tensor, rows: torch.Tensor, sizes: Sizes = ()) -> torch.Tensor:
+        """The samples ``rows``, int64, shape (m,), in a tensor of the same layout, at the other ``sizes``."""
+        outer, inner = at(self.outer, sizes), at(self.inner, sizes)
+        if outer == inner == 1:
             return tensor.index_select(self.dim, rows)
-        split = tensor.unflatten(self.dim, (self.outer, -1, self.inner))
+        split = tensor.unflatten(self.dim, (outer, -1, inner))
         return split.index_select(self.dim + 1, rows).flatten(self.dim, self.dim + 2)
+
+
+@lru_cache(maxsize=4096)
+def at(expression: sympy.Expr, sizes: Sizes) -> int:
+    """The value of a size.
+
+    Raises:
+        UnsupportedError: If it depends on more than ``sizes``.
+    """
+    value = expression.subs(dict(sizes))
+    if not value.is_Integer:
+        raise UnsupportedError(f"the size {expression} is not known by what the forward pass is called with")
+    return int(value)
 
 
 def is_random(node: fx.Node) -> bool:
@@ -67,11 +86,19 @@ def _candidates(value: torch.Tensor, batch: sympy.Symbol) -> list[Layout]:
             continue
         if found:
             raise UnsupportedError(f"a tensor of shape {tuple(value.shape)} has the samples in two dimensions")
-        each = sympy.simplify(expression / batch)
-        if not each.is_Integer:
+        each = sympy.factor(expression / batch)
+        if batch in each.free_symbols or not each.as_coeff_Mul()[0].is_Integer:
             raise UnsupportedError(f"a tensor's size {expression} is no multiple of the number of samples {batch}")
-        found = [Layout(dim, int(outer), int(each) // int(outer)) for outer in sympy.divisors(int(each))]
+        found = [Layout(dim, outer, sympy.cancel(each / outer)) for outer in _divisors(each)]
     return found
+
+
+def _divisors(size: sympy.Expr) -> list[sympy.Expr]:
+    """The products of a size's factors."""
+    number, rest = size.as_coeff_Mul()
+    numbers = [[sympy.Integer(divisor) for divisor in sympy.divisors(int(number))]]
+    powers = [[base**i for i in range(int(power) + 1)] for base, power in rest.as_powers_dict().items() if base != 1]
+    return [sympy.prod(factors) for factors in product(*numbers, *powers)]
 
 
 def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -89,8 +116,8 @@ def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
 class _Probe:
     """The values of a forward graph on a few samples and on two copies of them, node by node."""
 
-    def __init__(self, batch: sympy.Symbol, probes: int) -> None:
-        self.batch, self.probes = batch, probes
+    def __init__(self, batch: sympy.Symbol, probes: int, sizes: Sizes) -> None:
+        self.batch, self.probes, self.sizes = batch, probes, sizes
         self.half: dict[fx.Node, Any] = {}
         self.both: dict[fx.Node, Any] = {}
         self.layouts: dict[fx.Node, Layout | None] = {}
@@ -115,7 +142,7 @@ class _Probe:
         fitting = [
             layout
             for layout in candidates
-            if all(_difference(half, layout.take(both, rows)) <= tolerance for rows in copies)
+            if all(_difference(half, layout.take(both, rows, self.sizes)) <= tolerance for rows in copies)
         ]
         if len(fitting) != 1:
             what = "no order" if not fitting else "more than one order"
@@ -161,7 +188,7 @@ class _Probe:
         def double(value: torch.Tensor, layout: Layout | None) -> torch.Tensor:
             if layout is None:
                 return value
-            return layout.take(value, torch.arange(2 * self.probes, device=value.device) % self.probes)
+            return layout.take(value, torch.arange(2 * self.probes, device=value.device) % self.probes, self.sizes)
 
         if isinstance(half, torch.Tensor):
             return double(half, self._inherit(node))
@@ -174,7 +201,11 @@ class _Probe:
 
 @torch.no_grad()
 def determine_layouts(
-    graph: fx.GraphModule, args: Sequence[Any], batch: sympy.Symbol, wanted: Callable[[fx.Node], bool]
+    graph: fx.GraphModule,
+    args: Sequence[Any],
+    batch: sympy.Symbol,
+    wanted: Callable[[fx.Node], bool],
+    sizes: Sizes = (),
 ) -> dict[fx.Node, Layout | None]:
     """How the tensors that a forward graph puts out are laid out along the batch.
 
@@ -183,6 +214,7 @@ def determine_layouts(
         args (Sequence[Any]): What it was called with on a batch of at least two samples.
         batch (sympy.Symbol): The number of samples.
         wanted (Callable): Whether the layout of an output is asked for.
+        sizes (Sizes, optional): The other sizes that vary, as they are in ``args``. Default: ``()``.
 
     Returns:
         dict[fx.Node, Layout | None]: For each wanted output that is a tensor its layout; None where it does not depend
@@ -192,13 +224,13 @@ def determine_layouts(
         UnsupportedError: If a layout cannot be told beyond doubt.
     """
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    probe = _Probe(batch, _PROBES)
+    probe = _Probe(batch, _PROBES, sizes)
     for node, value in zip(placeholders, args, strict=True):
         symbolic = node.meta["val"]
         if isinstance(symbolic, torch.SymInt):
-            if symbolic.node.expr != batch:
-                raise UnsupportedError(f"the size {symbolic} varies, beside the number of samples")
-            probe.half[node], probe.both[node] = _PROBES, 2 * _PROBES
+            probe.half[node], probe.both[node] = (
+                at(symbolic.node.expr, ((batch, few), *sizes)) for few in (_PROBES, 2 * _PROBES)
+            )
         elif isinstance(value, torch.Tensor):
             layouts = _candidates(symbolic, batch)
             if len(layouts) > 1:

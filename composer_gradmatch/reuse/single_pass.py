@@ -52,6 +52,7 @@ class SinglePass:
         self._picked: Any = None
         self._picks = torch.empty(0, dtype=torch.int64)
         self._versions: list[int] = []
+        self._num_served = 0
 
     @property
     def pending(self) -> bool:
@@ -73,8 +74,7 @@ class SinglePass:
         """
         self._restore, self._batch, self._num_samples = snapshot(self.model), batch, num_samples
         try:
-            with self.precision():
-                self._pass = self._captured_forward(self._inputs(batch), num_samples)
+            self._pass = self._capture()
             flat, structure = tree_flatten(self._pass.outputs)
             self.leaves = [
                 leaf.detach().requires_grad_(leaf.is_floating_point()) if isinstance(leaf, torch.Tensor) else leaf
@@ -135,7 +135,7 @@ class SinglePass:
                 raise
             self._pass.run.graphs.verified = True
         self._versions = [leaf._version for leaf in tensor_leaves(picked)]
-        self.missed = None
+        self.missed, self._num_served = None, 0
         self._own_forward, self._instances_forward = self.model.forward, vars(self.model).get("forward")
         self.model.forward = self._serve  # type: ignore[method-assign]
         self.installed = True
@@ -155,6 +155,18 @@ class SinglePass:
         self.installed = False
         self._pass = self._picked = self._batch = None
         self.leaves: list[Any] = []
+
+    def _capture(self) -> Pass:
+        try:
+            with self.precision():
+                return self._captured_forward(self._inputs(self._batch), self._num_samples)
+        except UnsupportedError:
+            if not self._captured_forward.varies:
+                raise
+        # Perhaps it can where each length of sequences is captured by itself.
+        self._captured_forward.varying = False
+        self._restore()
+        return self._capture()
 
     def _inputs(self, batch: Any) -> Any:
         if not self._adds_loss:
@@ -183,13 +195,16 @@ class SinglePass:
         if rows is None:
             return self._own_forward(batch)
         assert self._pass is not None
-        return self._completed(self._pass.rows(self._picks[rows]), batch)
+        self._num_served += len(rows)
+        return self._completed(self._pass.rows(self._picks[rows], self._num_served >= len(self._picks)), batch)
 
     def _rows(self, batch: Any) -> torch.Tensor | None:
         assert self._pass is not None
         run = self._pass.run
         if not torch.is_grad_enabled() or run.versions != [parameter._version for parameter in run.parameters]:
             return None  # Other weights (SAM's second pass), or another purpose.
+        if run.spent:
+            return None  # The microbatches are made once more, smaller, because memory ran out.
         inputs, picked = self._inputs(batch), self._inputs(self._picked)
         rows = None
         if self._versions == [leaf._version for leaf in tensor_leaves(self._picked)]:
@@ -238,8 +253,8 @@ class SinglePass:
             del reference, own
             if self._adds_loss:
                 self._check_loss(outputs)
-            self._restore()
-            self._pass = self._captured_forward(self._inputs(self._batch), self._num_samples)
+        self._restore()
+        self._pass = self._capture()
 
     @torch.no_grad()
     def _check_loss(self, outputs: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -12,7 +13,7 @@ import torch
 from torch import fx
 from torch.autograd.function import once_differentiable
 
-from composer_gradmatch.reuse.layout import Layout, determine_layouts, is_random
+from composer_gradmatch.reuse.layout import Layout, Sizes, at, determine_layouts, is_random
 from composer_gradmatch.reuse.unsupported import UnsupportedError
 
 __all__ = ["Graphs", "Run"]
@@ -66,11 +67,14 @@ class Graphs:
         wanted = {*self.saved, *(node for node in self.outputs if isinstance(node, fx.Node))}
         # New running statistics, which batch_norm's backward takes and does not read, belong to no sample.
         wanted -= self.buffers
-        self.layouts = determine_layouts(self.forward, args, self.batch, wanted.__contains__)
+        self.layouts = determine_layouts(self.forward, args, self.batch, wanted.__contains__, self.other_sizes(args))
         self.sliced = self._slice_saved(self.layouts)
 
     def _slice_saved(self, layouts: dict[fx.Node, Layout | None]) -> fx.GraphModule:
-        """The backward graph, with each saved tensor sliced just before it is first used."""
+        """The backward graph, with each saved tensor sliced just before it is first used.
+
+        It takes the saved sizes, the outputs' gradients, the saved tensors, the rows and the other sizes.
+        """
         module = copy.deepcopy(self.backward)
         graph = module.graph
         for node in reversed(list(graph.nodes)):
@@ -82,22 +86,55 @@ class Graphs:
                 raise UnsupportedError(f"its backward pass draws random numbers ({node.target})")
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         order = {node: i for i, node in enumerate(graph.nodes)}
-        with graph.inserting_after(placeholders[-1]):
-            rows = graph.placeholder("picked_rows")
-        for node, source in zip(placeholders[len(self.sizes) :], self.saved, strict=False):
-            layout = layouts.get(source)
-            if layout is None or not node.users:
-                continue
-            with graph.inserting_before(min(node.users, key=order.__getitem__)):
-                taken = graph.call_function(layout.take, (node, rows))
-            node.replace_all_uses_with(taken, delete_user_cb=lambda user, taken=taken: user is not taken)
+        with graph.inserting_before(placeholders[-1].next):
+            saved, rows, sizes = map(graph.placeholder, ("saved", "picked_rows", "other_sizes"))
+        placeholders = placeholders[len(self.sizes) : len(self.sizes) + len(self.saved)]
+        for i, (node, source) in enumerate(zip(placeholders, self.saved, strict=True)):
+            if node.users:
+                with graph.inserting_before(min(node.users, key=order.__getitem__)):
+                    taken = graph.call_function(_Slice(i, layouts.get(source)).take, (saved, rows, sizes))
+                node.replace_all_uses_with(taken)
+            graph.erase_node(node)
         graph.lint()
         module.recompile()
         return module
 
-    def sizes_of(self, num_samples: int) -> list[int]:
+    def other_sizes(self, args: Sequence[Any]) -> Sizes:
+        """The sizes that vary, beside the number of samples, in what the forward graph was called with."""
+        placeholders = [node.meta["val"] for node in self.forward.graph.nodes if node.op == "placeholder"]
+        sizes = {
+            size.node.expr: int(arg)
+            for size, arg in zip(placeholders, args, strict=True)
+            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol
+        }
+        return tuple((symbol, size) for symbol, size in sizes.items() if symbol != self.batch)
+
+    def saved_sizes(self, num_samples: int, others: Sizes) -> list[int]:
         """The saved sizes, for a number of samples."""
-        return [int(node.meta["val"].node.expr.subs(self.batch, num_samples)) for node in self.sizes]
+        return [at(node.meta["val"].node.expr, ((self.batch, num_samples), *others)) for node in self.sizes]
+
+
+@dataclass
+class _Saved:
+    """Saved tensors, which are let go of one by one as they are taken for the last time."""
+
+    tensors: list[torch.Tensor | None]
+    last: bool
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Takes the picks' part of a saved tensor."""
+
+    index: int
+    layout: Layout | None
+
+    def take(self, saved: _Saved, rows: torch.Tensor, sizes: Sizes) -> torch.Tensor:
+        tensor = saved.tensors[self.index]
+        assert tensor is not None
+        if saved.last:
+            saved.tensors[self.index] = None
+        return tensor if self.layout is None else self.layout.take(tensor, rows, sizes)
 
 
 def _changes_something(node: fx.Node) -> bool:
@@ -116,16 +153,17 @@ class Run:
 
     def __init__(self, graphs: Graphs, args: list[Any], results: list[Any]) -> None:
         self.graphs = graphs
-        self._args = args
+        self._args, self._sizes = args, graphs.other_sizes(args)
         self._all_outputs = results[graphs.num_mutated : graphs.num_outputs]
-        self.saved = results[graphs.num_outputs : graphs.num_outputs + len(graphs.saved)]
+        self.saved: list[Any] = results[graphs.num_outputs : graphs.num_outputs + len(graphs.saved)]
         self.parameters = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.requires_grad]
         self._places = [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor) and arg.requires_grad]
         self.versions = [parameter._version for parameter in self.parameters]
         #: What the model returned: its tensors, without a graph.
         self.outputs: list[torch.Tensor] = []
         self._differentiable: list[int] = []
-        self._others = 0
+        #: Whether the saved tensors are gone.
+        self.spent = False
 
     def name_outputs(self, positions: list[int], with_gradient: list[int]) -> None:
         """Says which outputs of the graph are the model's, and prepares the sliced backward graph.
@@ -155,20 +193,25 @@ class Run:
         """The outputs and the saved tensors."""
         return [*self.outputs, *(value for value in self.saved if isinstance(value, torch.Tensor))]
 
-    def take(self, rows: torch.Tensor) -> list[torch.Tensor]:
-        """The samples ``rows``, int64, shape (m,), of the model's outputs; those that have one with a graph."""
+    def take(self, rows: torch.Tensor, last: bool = False) -> list[torch.Tensor]:
+        """The samples ``rows``, int64, shape (m,), of the model's outputs; those that have one with a graph.
+
+        The backward pass of the ``last`` ones lets go of the saved tensors on its way.
+        """
         taken = [output.index_select(0, rows) for output in self.outputs]
-        graphed: Any = _SlicedBackward.apply(self, rows, *self.parameters)
+        graphed: Any = _SlicedBackward.apply(self, rows, last, *self.parameters)
         for i, output in zip(self._differentiable, graphed, strict=True):
             taken[i] = output
         return taken
 
-    def backward(self, rows: torch.Tensor, tangents: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    def backward(self, rows: torch.Tensor, tangents: Sequence[torch.Tensor], last: bool) -> list[torch.Tensor | None]:
         """The parameters' gradients, in their order, of the samples ``rows`` by the gradients of their outputs."""
         graphs = self.graphs
         assert graphs.sliced is not None
         tangents = [tangent.contiguous() for tangent in tangents]
-        gradients = graphs.sliced(*graphs.sizes_of(len(rows)), *self.saved, *tangents, rows)
+        sizes = graphs.saved_sizes(len(rows), self._sizes)
+        self.spent |= last
+        gradients = graphs.sliced(*sizes, *tangents, _Saved(self.saved, last), rows, self._sizes)
         return [gradients[i] for i in self._places]
 
 
@@ -176,13 +219,13 @@ class _SlicedBackward(torch.autograd.Function):
     """The picked rows of the outputs of a forward pass that is over, as a function of the parameters."""
 
     @staticmethod
-    def forward(ctx: Any, run: Run, rows: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.run, ctx.rows = run, rows
+    def forward(ctx: Any, run: Run, rows: torch.Tensor, last: bool, *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.run, ctx.rows, ctx.last = run, rows, last
         return tuple(run.outputs[i].index_select(0, rows) for i in run._differentiable)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *tangents: torch.Tensor) -> tuple[Any, ...]:
-        gradients = ctx.run.backward(ctx.rows, tangents)
+        gradients = ctx.run.backward(ctx.rows, tangents, ctx.last)
         ctx.run = None
-        return None, None, *gradients
+        return None, None, None, *gradients

@@ -80,6 +80,11 @@ def built(name):
     return model, torch.randn(M, *shape), torch.randint(CLASSES, (M,))
 
 
+def assert_close(found, expected, tolerance=2e-5):
+    flat, reference = (torch.cat([g.flatten() for g in gradients]) for gradients in (found, expected))
+    assert (flat - reference).norm() <= tolerance * reference.norm()
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_sliced_gradient_is_autograds_of_the_picks(name):
     """The same masks of dropout; under batch normalisation, the documented formula."""
@@ -95,8 +100,7 @@ def test_the_sliced_gradient_is_autograds_of_the_picks(name):
         outputs = own(inputs)
     expected = torch.autograd.grad(weighted(outputs[ROWS], targets[ROWS]), list(own.parameters()))
     check_outputs([captured.outputs], [outputs])
-    flat, reference = (torch.cat([g.flatten() for g in gradients]) for gradients in (found, expected))
-    assert (flat - reference).norm() <= (1e-2 if name == "bf16" else 2e-5) * reference.norm()
+    assert_close(found, expected, 1e-2 if name == "bf16" else 2e-5)
 
 
 @pytest.mark.parametrize("name", ["ResNet-18, BatchNorm", "BatchNorm and dropout"])
@@ -126,20 +130,50 @@ def test_microbatches_add_up_and_their_number_may_be_one():
     check_gradients([p.grad for p in model.parameters()], whole)
 
 
+def test_the_last_backward_pass_lets_go_of_what_was_saved():
+    model, inputs, targets = built("encoder, positions first")
+    captured = CapturedForward(lambda batch: model(batch[0]))((inputs, targets), M)
+    gradients = [
+        torch.autograd.grad(weighted(captured.rows(ROWS, last), targets[ROWS]), list(model.parameters()))
+        for last in (False, True)
+    ]
+    assert_close(gradients[1], gradients[0], 1e-6)
+    layouts = captured.run.graphs.layouts
+    assert captured.run.spent
+    assert not [
+        tensor
+        for node, tensor in zip(captured.run.graphs.saved, captured.run.saved, strict=True)
+        if tensor is not None and layouts[node] is not None
+    ]
+
+
 def test_the_graphs_serve_batches_of_any_size():
     model, inputs, targets = built("mlp")
     forward = CapturedForward(lambda batch: model(batch[0]))
-    assert forward((inputs, targets), M).fresh
+    graphs = forward((inputs, targets), M).run.graphs
     captured = forward((inputs[:6], targets[:6]), 6)
-    assert not captured.fresh
+    assert captured.run.graphs is graphs
     assert captured.outputs.shape == (6, CLASSES)
 
 
-def test_another_length_is_captured_again():
-    model, inputs, targets = built("encoder, positions first")
+@pytest.mark.parametrize("name", ["encoder, batch first", "encoder, positions first"])
+def test_lengths_that_vary_are_captured_twice(name):
+    """Once for the first, once for all others; a length that is M by chance once more, if it comes before them."""
+    model, _, targets = built(name)
     forward = CapturedForward(lambda batch: model(batch[0]))
-    forward((inputs, targets), M)
-    assert forward((inputs[:, :5], targets), M).fresh
+    graphs = []
+    for length, samples in [(7, 8), (7, 6), (6, 6), (5, 6), (4, 8), (7, 8), (9, 7), (8, 8)]:
+        batch = torch.randn(samples, length, 16)
+        state = torch.get_rng_state()
+        captured = forward((batch, targets), samples)
+        found = torch.autograd.grad(weighted(captured.rows(ROWS), targets[ROWS]), list(model.parameters()))
+        torch.set_rng_state(state)
+        outputs = model(batch)
+        expected = torch.autograd.grad(weighted(outputs[ROWS], targets[ROWS]), list(model.parameters()))
+        check_outputs([captured.outputs], [outputs])
+        assert_close(found, expected)
+        graphs.append(captured.run.graphs)
+    assert [graphs.index(each) for each in graphs] == [0, 0, 2, 3, 3, 3, 3, 3]
 
 
 def test_positions_before_samples_are_found():

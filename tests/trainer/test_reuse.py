@@ -20,18 +20,17 @@ from cases import (
     make_trainer,
     record_selections,
 )
-from composer import Callback, Trainer
+from composer import Callback, DataSpec, Trainer
 from composer.algorithms import SAM, GradientClipping, LabelSmoothing, MixUp
 from composer.core import Event
 from composer.loggers import InMemoryLogger
 from oracles import weighted_gradient
-from text_cases import TEXT_CASES, TextCase, _bert_config, _classes
+from text_cases import CAUSAL_LM, CLASSIFICATION, TEXT_CASES, TOKENS, TextCase, _bert_config, _classes
 from torch import nn
 from transformers import BertForSequenceClassification
 
 from composer_gradmatch import GradMatch, LossBackprop, select_first
 from composer_gradmatch.benchmarks.peak import PeakMemory
-from composer_gradmatch.reuse.single_pass import SinglePass
 
 M, KEEP, LR = 23, 0.4, 0.1
 
@@ -51,19 +50,15 @@ def assert_same_parameters(model, other, tolerance=1e-4):
     assert (before - after).norm() <= tolerance * before.norm()
 
 
-@pytest.fixture
-def served(monkeypatch):
-    """The numbers of samples that the Trainer's forward was served, call by call."""
-    sizes = []
-    original = SinglePass._rows
+class GraphsOf(Callback):
+    """The graphs that an algorithm's steps ran, step by step, where there are any."""
 
-    def rows(self, batch):
-        found = original(self, batch)
-        sizes.append(None if found is None else len(found))
-        return found
+    def __init__(self, algorithm, found):
+        self.algorithm, self.found = algorithm, found
 
-    monkeypatch.setattr(SinglePass, "_rows", rows)
-    return sizes
+    def before_forward(self, state, logger):
+        if self.algorithm._single_pass is not None:
+            self.found.append(self.algorithm._single_pass._pass.run.graphs)
 
 
 @pytest.mark.parametrize("microbatch_size", [2, M])
@@ -131,6 +126,32 @@ def test_bert_with_dropout(served):
     )
     trained(case.model(), loader(case.data(M), M), [always()], max_duration="2ba")
     assert sum(served) == 2 * int(KEEP * M)
+
+
+@pytest.mark.parametrize("case", [CLASSIFICATION, TOKENS, CAUSAL_LM], ids=lambda case: case.name)
+def test_minibatches_of_many_lengths(case, served):
+    """As dynamic padding makes them: the model is captured for the first, and once for all others."""
+
+    def batches():
+        for i, length in enumerate([6, 7, 5, 4, 6, 7]):
+            batch = case.batch(10, seed=i)
+            yield {
+                key: value[:, -length:].contiguous() if value.dim() == 2 else value for key, value in batch.items()
+            }
+
+    models, runs = [], []
+    for reuse in (False, True):
+        model, algorithm = case.model(), always(reuse=reuse)
+        data = DataSpec(list(batches()), get_num_samples_in_batch=lambda batch: len(batch["labels"]))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            watcher = GraphsOf(algorithm, runs)
+            trained(model, data, [algorithm], max_duration="2ep", callbacks=[watcher], device_train_microbatch_size=10)
+        assert not [each for each in caught if "two forward passes" in str(each.message)]
+        models.append(model)
+    assert served == [4] * 12
+    assert len(set(runs)) == 2
+    assert_same_parameters(*models)
 
 
 def test_running_statistics_are_updated_once_a_step_by_all_samples(served):
@@ -262,6 +283,42 @@ def test_resuming_continues_as_if_never_stopped(tmp_path, served):
     for one, other in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
         assert torch.equal(one, other)
     assert None not in served
+
+
+def test_resuming_within_an_epoch(tmp_path, served):
+    def run(duration, **kwargs):
+        model = BATCHNORM.model()
+        torch.manual_seed(0)
+        train = loader(BATCHNORM.data(48), 8, shuffle=True)
+        trained(model, train, [always()], max_duration=duration, seed=5, device_train_microbatch_size=2, **kwargs)
+        return model
+
+    whole = run("9ba")
+    run("4ba", save_folder=str(tmp_path), save_filename="ba{batch}.pt", save_interval="4ba")
+    resumed = run("9ba", load_path=str(tmp_path / "ba4.pt"))
+    for one, other in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    assert served == [2, 1] * 18
+
+
+class Again(Callback):
+    """Runs the model once more on each microbatch, when its backward pass is over."""
+
+    def __init__(self):
+        self.differences = []
+
+    def after_backward(self, state, logger):
+        outputs = state.model(state.batch)
+        self.differences.append(float((outputs - state.outputs).abs().max()))
+        assert outputs.requires_grad
+
+
+def test_when_all_picks_are_served_the_activations_are_gone_and_the_model_is_its_own_again(served):
+    """As where memory runs out in the last microbatch, and Composer makes them all anew."""
+    again = Again()
+    trained(CONV.model(), loader(CONV.data(M), M), [always()], callbacks=[again], device_train_microbatch_size=5)
+    assert served == [5, 5, 4, None]
+    assert max(again.differences) < 1e-5
 
 
 def test_nothing_stays_behind():
