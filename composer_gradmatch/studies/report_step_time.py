@@ -6,9 +6,9 @@ import pandas as pd
 
 from composer_gradmatch.studies.figures import draw_step_times
 from composer_gradmatch.studies.statistics import interval_of_median
-from composer_gradmatch.studies.step_time import PARTS, estimated_cost
+from composer_gradmatch.studies.step_time import PARTS, cost_of_shares, estimated_cost
 from composer_gradmatch.studies.store import Store
-from composer_gradmatch.studies.tables import cell_order, conditions, frame, markdown
+from composer_gradmatch.studies.tables import Table, cell_order, conditions, frame, markdown
 
 __all__ = ["report_step_time"]
 
@@ -23,13 +23,16 @@ def report_step_time(store: Store, name: str) -> list[str]:
     size = int(steps.loc[steps["strategy"] == "full", "batch_size"].iloc[0])
     rounds = steps.groupby(["strategy", "keep"]).size().min()
     full_seconds = timed.loc[timed["strategy"] == "full", "seconds"].median()
+    forward, backward, rest = _own_shares(timed[timed["strategy"] == "full"])
     synthetic = ", random tensors in the place of data" if data["synthetic"].any() else ""
     title = f"{name}, M = {size}, medians of {rounds} interleaved steps{synthetic}"
     lines += [
         f"M = {size}{synthetic}; medians of {rounds} steps of each strategy, interleaved in random order; "
         "ratios to the full batch's step of the same round, with the 95 % interval of the median. Data loading is not "
         "in it. The cost models are m/M for random and (M/3 + m)/M for two passes, "
-        "(M/3 + 2m/3)/M where the activations of the first are reused.",
+        "(M/3 + 2m/3)/M where the activations of the first are reused. *Own shares* is the same with the shares of "
+        f"the full batch's own step, {forward:.2f} forward, {backward:.2f} backward and {rest:.2f} for the rest, in "
+        "the place of 1/3, 2/3 and 0; the rest costs the same in every step.",
         "",
     ]
     rows, table, shares, parts = [], [], [], []
@@ -37,16 +40,18 @@ def report_step_time(store: Store, name: str) -> list[str]:
         own = steps[(steps["strategy"] == strategy) & (steps["keep"] == keep)]
         low, high = interval_of_median(own["ratio"])
         ratio, model = float(own["ratio"].median()), estimated_cost(strategy, keep)
+        # Ratios are by the sample of the minibatch, and a larger one has the rest only once.
+        shared = cost_of_shares(strategy, keep, forward, backward, rest * size / int(own["batch_size"].iloc[0]))
         table.append({"strategy": strategy, "keep": keep, "ratio": ratio, "low": low, "high": high})
-        milliseconds = f"{own['seconds'].median() * 1000:.1f}"
-        rows.append([strategy, f"{keep:g}", milliseconds, f"{ratio:.2f}", f"{low:.2f} to {high:.2f}", f"{model:.2f}"])
+        milliseconds, interval = f"{own['seconds'].median() * 1000:.1f}", f"{low:.2f} to {high:.2f}"
+        rows.append([strategy, f"{keep:g}", milliseconds, f"{ratio:.2f}", interval, f"{model:.2f}", f"{shared:.2f}"])
         split = timed[(timed["strategy"] == strategy) & (timed["keep"] == keep)]
         seconds = {part: split[f"{part}_seconds"].median() for part in PARTS}
         total = sum(seconds.values())
         parts.append({"strategy": strategy, "keep": keep, **{part: s / full_seconds for part, s in seconds.items()}})
         shares.append([strategy, f"{keep:g}", *(f"{s / total:.1%}" if s else "" for s in seconds.values())])
     lines += ["## Time per step", ""]
-    lines += markdown(["strategy", "keep", "ms", "ratio to full", "95 % interval", "cost model"], rows)
+    lines += markdown(["strategy", "keep", "ms", "ratio to full", "95 % interval", "cost model", "own shares"], rows)
     lines += ["## Where a strategy's own step goes", ""]
     lines += markdown(["strategy", "keep", *(part.replace("_", " ") for part in PARTS)], shares)
     lines += [
@@ -57,3 +62,11 @@ def report_step_time(store: Store, name: str) -> list[str]:
     ]
     draw_step_times(pd.DataFrame(table), pd.DataFrame(parts), store.folder / "step_time", title)
     return lines
+
+
+def _own_shares(full: Table) -> tuple[float, float, float]:
+    """The shares of the full batch's step in its forward pass, its backward pass and all else."""
+    medians = [float(full[f"{part}_seconds"].median()) for part in ("training_forward", "training_backward")]
+    medians.append(float((full["selection_rest_seconds"] + full["rest_seconds"]).median()))
+    forward, backward, rest = (seconds / sum(medians) for seconds in medians)
+    return forward, backward, rest

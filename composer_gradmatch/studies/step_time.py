@@ -16,7 +16,7 @@ from composer_gradmatch.studies.interleave import Interleaved, Variant, fit_inte
 from composer_gradmatch.studies.store import Run
 from composer_gradmatch.studies.strategies import REUSE
 
-__all__ = ["PARTS", "StepTimer", "estimated_cost", "step_time", "step_time_run"]
+__all__ = ["PARTS", "StepTimer", "cost_of_shares", "estimated_cost", "step_time", "step_time_run"]
 
 #: The parts of a step, in the order of a step; ``rest`` is the optimizer, metrics and Composer's own work.
 PARTS = (
@@ -38,9 +38,28 @@ def estimated_cost(strategy: str, keep: float) -> float:
 
     Where the selection pass is the training step's own, (M/3 + 2m/3)/M.
     """
+    return cost_of_shares(strategy, keep, 1 / 3, 2 / 3, 0.0)
+
+
+def cost_of_shares(strategy: str, keep: float, forward: float, backward: float, rest: float) -> float:
+    """What a step of a strategy would cost, in full steps, if its passes cost what they do in the full batch's step.
+
+    The passes cost by the sample, the rest by the step: keep·(f + b) + r for random, another f for a selection pass,
+    and f + keep·b + r where the selection pass is the training step's own. The selection itself is taken to be free.
+
+    Args:
+        strategy (str): A key of :data:`.STRATEGIES`.
+        keep (float): m/M; not used for the full batch.
+        forward (float): f, the share of the full batch's step in its forward pass.
+        backward (float): b, the same of its backward pass.
+        rest (float): r, the same of all else. For a step on n times the full batch's samples, whose cost is to be by
+            the sample, pass r/n.
+    """
+    if strategy == "full":
+        return forward + backward + rest
     if strategy in REUSE:
-        return 1 / 3 + 2 * keep / 3
-    return 1.0 if strategy == "full" else keep + (0 if strategy == "random" else 1 / 3)
+        return forward + keep * backward + rest
+    return keep * (forward + backward) + rest + (0.0 if strategy == "random" else forward)
 
 
 class StepTimer(Interleaved):

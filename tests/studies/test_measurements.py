@@ -22,7 +22,7 @@ from composer_gradmatch.studies.plans import (
     plan_learning_rate,
     plan_step_time,
 )
-from composer_gradmatch.studies.step_time import PARTS, step_time
+from composer_gradmatch.studies.step_time import PARTS, cost_of_shares, estimated_cost, step_time
 from composer_gradmatch.studies.strategies import strategy_entry, with_strategy
 from composer_gradmatch.studies.tasks import do_run
 
@@ -135,6 +135,24 @@ def test_step_times_have_every_variant_in_every_round_and_parts_that_add_up():
         used = {part for part in PARTS[:5] if parts[part] > 0}
         own = {"gradmatch": set(PARTS[:5]), "loss": {"selection_forward", "indexing"}, "random": {"indexing"}}
         assert used == own.get(row["strategy"], set())
+
+
+@pytest.mark.parametrize(
+    ("strategy", "cost", "model"),
+    [
+        ("full", 1.0, 1.0),
+        ("random", 0.38, 0.2),
+        ("gradmatch", 0.68, 0.2 + 1 / 3),
+        ("loss", 0.68, 0.2 + 1 / 3),
+        ("selective_backprop", 0.68, 0.2 + 1 / 3),
+        ("gradmatch_reuse", 0.62, 0.2 + 0.8 / 3),
+        ("loss_reuse", 0.62, 0.2 + 0.8 / 3),
+    ],
+)
+def test_the_cost_of_a_strategy_follows_from_the_shares_of_a_full_step(strategy, cost, model):
+    keep = 1.0 if strategy == "full" else 0.2
+    assert cost_of_shares(strategy, keep, 0.3, 0.475, 0.225) == pytest.approx(cost)
+    assert estimated_cost(strategy, keep) == pytest.approx(model)
 
 
 def test_synthetic_data_have_the_data_sets_shape():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from composer_gradmatch.studies.report import write_report
+from composer_gradmatch.studies.step_time import PARTS
 from composer_gradmatch.studies.store import Record, Run, Store
 
 PROVENANCE = {"machine": "a machine", "python": "3.11", "torch version": "2.7", "git revision": "abc"}
@@ -142,3 +143,28 @@ def test_gradient_errors_are_better_when_smaller(store):
     assert line(text, "| gradmatch | 0.1 | 0.5").endswith("| 0.50 | 100% | better |")
     assert line(text, "| loss | 0.1 | 3.").endswith("| 3.00 | 0% | worse |")
     assert (store.folder / "gradient_error.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_step_times_are_held_against_the_shares_of_the_full_batchs_own_step(store):
+    full = {"training_forward": 0.4, "training_backward": 0.4, "selection_rest": 0.05, "rest": 0.15}
+    rows = []
+    for strategy, keep, size in (
+        ("full", 1.0, 64),
+        ("gradmatch", 0.5, 64),
+        ("gradmatch_reuse", 0.5, 64),
+        ("random", 0.25, 256),
+    ):
+        row = {"strategy": strategy, "keep": keep, "batch_size": size, "ratio": 0.9, "seconds": 1.0}
+        # A selecting step's own parts are not what the column is made of.
+        own = full if strategy == "full" else dict.fromkeys(full, 0.25)
+        parts = {f"{part}_seconds": own.get(part, 0.0) for part in PARTS}
+        rows += [{**row, "measured": "step"}] * 3 + [{**row, "measured": "parts", **parts}] * 3
+    add(store, "step-time", {"variants": "all", "rounds": 3, "synthetic": False}, *rows)
+    text = write_report(store, "step-time", "made up").read_text()
+    assert "0.40 forward, 0.40 backward and 0.20 for the rest" in text
+    assert line(text, "| strategy | keep | ms").endswith("| cost model | own shares |")
+    assert line(text, "| full | 1 | 1000.0").endswith("| 1.00 | 1.00 |")
+    assert line(text, "| gradmatch | 0.5 | 1000.0").endswith("| 0.83 | 1.00 |")
+    assert line(text, "| gradmatch_reuse | 0.5 | 1000.0").endswith("| 0.67 | 0.80 |")
+    # Four minibatches' samples share one step's rest.
+    assert line(text, "| random | 0.25 | 1000.0").endswith("| 0.25 | 0.25 |")
