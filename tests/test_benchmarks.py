@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import csv
 import itertools
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
+from composer.models import ComposerClassifier
 from oracles import squared_error
+from torch import nn
 
 from composer_gradmatch import gram_omp
 from composer_gradmatch.benchmarks import omp
 from composer_gradmatch.benchmarks.__main__ import main
+from composer_gradmatch.benchmarks.models import MODELS, BenchmarkModel
 from composer_gradmatch.benchmarks.peak import PeakMemory
 from composer_gradmatch.benchmarks.problems import PROBLEMS, gram_matrices
 from composer_gradmatch.benchmarks.solvers import smallest_error
@@ -49,6 +53,53 @@ def test_with_a_large_vocabulary_selection_takes_less_memory_than_the_step_on_it
     main(["memory", "--models", "causal_lm", "--samples", "16", "--picks", "4", "--out", str(out)])
     (row,) = csv.DictReader(out.open())
     assert float(row["selection, microbatches (MiB)"]) < float(row["training step (MiB)"])
+
+
+def narrow_cnn():
+    """Of many activations and few weights."""
+    layers = [nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)]
+    return ComposerClassifier(nn.Sequential(*layers), num_classes=10)
+
+
+def test_each_keep_has_a_row_beside_the_full_batch(tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, "cnn", BenchmarkModel(narrow_cnn, MODELS["resnet18_cifar"].batch, (8,), 2))
+    out = tmp_path / "memory.csv"
+    assert main(["memory", "--models", "cnn", "--samples", "8", "16", "--keep", "0.05", "0.5", "--out", str(out)]) == 0
+    rows = [{name: float(value) for name, value in row.items() if name != "model"} for row in read(out)]
+    assert [(row["M"], row["keep"], row["m"]) for row in rows] == [
+        (8, 0.05, 1),
+        (8, 0.5, 4),
+        (16, 0.05, 1),
+        (16, 0.5, 8),
+    ]
+    for row in rows:
+        two_passes, one_pass = row["training step (MiB)"], row["step of one pass (MiB)"]
+        full = row["full batch's step (MiB)"]
+        assert two_passes == pytest.approx(full / 2, rel=0.1) if row["keep"] == 0.5 else two_passes < full / 2
+        # What the forward pass saves of all samples, and again of the picks.
+        assert full / 2 < one_pass < (1 + row["m"] / row["M"]) * full
+    small, large = rows[1], rows[3]
+    assert large["full batch's step (MiB)"] == pytest.approx(2 * small["full batch's step (MiB)"], rel=0.1)
+
+
+def test_minilm_classifies_texts_of_64_tokens():
+    model, batch = MODELS["minilm"].build(), MODELS["minilm"].batch(2)
+    assert {name: tuple(values.shape) for name, values in batch.items()} == {
+        "input_ids": (2, 64),
+        "attention_mask": (2, 64),
+        "labels": (2,),
+    }
+    outputs = model(batch)
+    assert outputs["logits"].shape == (2, 2)
+    assert model.loss(outputs, batch).isfinite()
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(22.7e6, rel=0.01)
+
+
+def test_minilm_without_transformers_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"minilm needs transformers: pip install 'composer-gradmatch\[nlp\]'"):
+        MODELS["minilm"].build()
 
 
 def read(path):
@@ -151,8 +202,15 @@ def test_wrong_arguments_of_the_other_benchmarks_are_told(arguments, message, ca
     ("arguments", "message"),
     [
         (["--picks", "0"], "expected a positive integer, got '0'"),
-        (["--samples", "16", "--picks", "16"], "expected fewer than the smallest minibatch, 16"),
+        (["--samples", "16", "--picks", "16"], "fewer than the smallest minibatch of resnet18_cifar, 16; got 16"),
+        (["--models", "minilm", "--samples", "8"], "expected fewer than the smallest minibatch of minilm, 8; got 8"),
         (["--models", "gpt5"], "invalid choice: 'gpt5'"),
+        (["--keep", "1"], "argument --keep: expected a fraction between 0 and 1, exclusive; got '1'"),
+        (["--keep", "0.5", "0"], "expected a fraction between 0 and 1, exclusive; got '0'"),
+        (["--keep", "nan"], "expected a fraction between 0 and 1, exclusive; got 'nan'"),
+        (["--keep", "half"], "expected a fraction between 0 and 1, exclusive; got 'half'"),
+        (["--keep", "0.5", "--picks", "4"], "argument --picks: not allowed with argument --keep"),
+        (["--keep", "0.5", "--samples", "1"], "--samples: expected at least 2"),
     ],
 )
 def test_wrong_arguments_are_told(arguments, message, capsys):

@@ -24,6 +24,16 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a fraction between 0 and 1, exclusive; got {text!r}")
+    return value
+
+
 def _size(text: str) -> tuple[int, int]:
     samples, _, picks = text.partition(",")
     size = _positive(samples), _positive(picks)
@@ -43,9 +53,12 @@ def _parser() -> argparse.ArgumentParser:
     memory = benchmarks.add_parser(
         "memory", parents=[out], help="peak memory of the selection pass and of the training step"
     )
-    memory.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    models = {"nargs": "+", "choices": list(MODELS), "default": ["resnet18_cifar", "causal_lm"]}
+    memory.add_argument("--models", **models, help="default: %(default)s")
     memory.add_argument("--samples", nargs="+", type=_positive, default=[], metavar="M", help="default: each model's")
-    memory.add_argument("--picks", type=_positive, metavar="m", help="default: each model's")
+    picked = memory.add_mutually_exclusive_group()
+    picked.add_argument("--picks", type=_positive, metavar="m", help="default: each model's")
+    picked.add_argument("--keep", nargs="+", type=_fraction, default=[], metavar="FRACTION", help="m = int(keep*M)")
     solvers = benchmarks.add_parser("solvers", parents=[out], help="error and time of each solver")
     solvers.add_argument("--samples", type=_positive, default=128, metavar="M", help="default: %(default)s")
     greedy = benchmarks.add_parser("greedy", parents=[out], help="error of each solver relative to the exact optimum's")
@@ -69,12 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         picks = sorted({max(1, arguments.samples * i // 8) for i in (1, 2, 3, 4)})
         rows = measure_greedy(arguments.samples, picks, arguments.minibatches)
     else:
-        smallest = min(arguments.samples or [size for name in arguments.models for size in MODELS[name].samples])
-        if arguments.picks is not None and arguments.picks >= smallest:
-            parser.error(f"--picks: expected fewer than the smallest minibatch, {smallest}; got {arguments.picks}")
+        _check_sizes(parser, arguments)
         # Fewer samples than a microbatch, or other work that keeps what it selects: said of each step.
         warnings.filterwarnings("ignore", "Cannot split tensor of length", UserWarning)
-        rows = measure_memory(arguments.models, arguments.samples, arguments.picks)
+        rows = measure_memory(arguments.models, arguments.samples, arguments.picks, arguments.keep)
     print(_table(rows))
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -83,6 +94,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             writer.writeheader()
             writer.writerows(rows)
     return 0
+
+
+def _check_sizes(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Sees to it that each minibatch of ``memory`` is larger than what is picked from it."""
+    for name in arguments.models:
+        model = MODELS[name]
+        smallest = min(arguments.samples or model.samples)
+        if arguments.keep:
+            if smallest < 2:
+                parser.error(f"--samples: expected at least 2, of which --keep leaves fewer; got {smallest}")
+        elif (picks := arguments.picks or model.picks) >= smallest:
+            parser.error(f"--picks: expected fewer than the smallest minibatch of {name}, {smallest}; got {picks}")
 
 
 def _shown(value: Any) -> str:

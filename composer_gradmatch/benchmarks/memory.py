@@ -1,4 +1,4 @@
-"""Peak memory of the selection pass and of the training step on its picks, over M at a fixed m."""
+"""Peak memory of the selection pass and of the training step on its picks, beside the full batch's step."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ class _OnePassGradMatch(GradMatch):
         super().__init__(start=0.0, end=1.0, keep=keep, interrupt=0, reuse_activations=True)
 
     def _after_dataloader(self, state: State, logger: Logger) -> None:
+        state.model.zero_grad()  # Or what the step before left would count as held before.
         self.memory = PeakMemory().__enter__()
         super()._after_dataloader(state, logger)
 
@@ -60,6 +61,7 @@ class _StepPeak(Callback):
     peak = 0
 
     def batch_start(self, state: State, logger: Logger) -> None:
+        state.model.zero_grad()  # Or what the step before left would count as held before.
         self._memory = PeakMemory().__enter__()
 
     def batch_end(self, state: State, logger: Logger) -> None:
@@ -67,62 +69,80 @@ class _StepPeak(Callback):
         self.peak = self._memory.bytes
 
 
-def measure_memory(names: Sequence[str], samples: Sequence[int] = (), picks: int | None = None) -> list[dict[str, Any]]:
+def measure_memory(
+    names: Sequence[str], samples: Sequence[int] = (), picks: int | None = None, keeps: Sequence[float] = ()
+) -> list[dict[str, Any]]:
     """One step of GradMatch a row: the peaks of its selection and of the training step on its picks.
 
     The selection pass runs once over all of M and once in microbatches of m samples, the size of the training
-    step's own. The last column is of a whole step with ``reuse_activations``: NaN where the model does not allow it.
+    step's own. With two passes, the peak of the whole step is the larger of selection's and the training step's.
+    The next column is of a whole step with ``reuse_activations``: NaN where the model does not allow it. The last is
+    of a step on all M samples, in one microbatch and without any algorithm.
 
     Args:
         names (Sequence[str]): Keys of :data:`.MODELS`.
         samples (Sequence[int], optional): Sizes M; each model's own if empty. Default: ``()``.
-        picks (int, optional): m; each model's own if None. Default: ``None``.
+        picks (int, optional): m; each model's own if None. Not used with ``keeps``. Default: ``None``.
+        keeps (Sequence[float], optional): Fractions, each for a row of m = max(1, int(keep·M)). Default: ``()``.
 
     Returns:
-        list[dict[str, Any]]: Columns model, M, m and peaks in MiB.
+        list[dict[str, Any]]: Columns model, M, keep, m and peaks in MiB.
     """
     rows = []
     for name in names:
         model = MODELS[name]
-        m = model.picks if picks is None else picks
         for size in samples or model.samples:
-            step_peak, whole = _StepPeak(), _selection_peak(name, size, m, size, Callback())
-            parts = _selection_peak(name, size, m, m, step_peak)
-            algorithm = _OnePassGradMatch(m / size)
-            one_pass = _OnePassPeak(algorithm)
-            _run(name, size, m, algorithm, one_pass, steps=2)  # The first captures the model, and verifies.
-            rows.append(
-                {
-                    "model": name,
-                    "M": size,
-                    "m": m,
-                    "selection, one pass (MiB)": whole / 2**20,
-                    "selection, microbatches (MiB)": parts / 2**20,
-                    "training step (MiB)": step_peak.peak / 2**20,
-                    "step of one pass (MiB)": one_pass.peak / 2**20,
-                }
-            )
+            full, fixed = _full_batch_peak(name, size), picks or model.picks
+            for keep, m in [(keep, max(1, int(keep * size))) for keep in keeps] or [(fixed / size, fixed)]:
+                rows.append({"model": name, "M": size, "keep": keep, "m": m, **_peaks(name, size, m), **full})
     return rows
+
+
+def _peaks(name: str, size: int, picks: int) -> dict[str, float]:
+    step_peak, whole = _StepPeak(), _selection_peak(name, size, picks, size, Callback())
+    parts = _selection_peak(name, size, picks, picks, step_peak)
+    algorithm = _OnePassGradMatch(_keep(picks, size))
+    one_pass = _OnePassPeak(algorithm)
+    _run(name, size, picks, algorithm, one_pass, steps=2)  # The first captures the model, and verifies.
+    return {
+        "selection, one pass (MiB)": whole / 2**20,
+        "selection, microbatches (MiB)": parts / 2**20,
+        "training step (MiB)": step_peak.peak / 2**20,
+        "step of one pass (MiB)": one_pass.peak / 2**20,
+    }
+
+
+def _full_batch_peak(name: str, size: int) -> dict[str, float]:
+    peak = _StepPeak()
+    _run(name, size, size, None, peak, steps=2)  # The first warms up.
+    return {"full batch's step (MiB)": peak.peak / 2**20}
+
+
+def _keep(picks: int, size: int) -> float:
+    """A keep at which m of M samples are picked: m/M itself may round to one fewer."""
+    return (picks + 0.5) / size
 
 
 def _selection_peak(name: str, size: int, picks: int, selection_size: int, callback: Callback) -> int:
     algorithm = _MeasuredGradMatch(
-        start=0.0, end=1.0, keep=picks / size, interrupt=0, selection_microbatch_size=selection_size
+        start=0.0, end=1.0, keep=_keep(picks, size), interrupt=0, selection_microbatch_size=selection_size
     )
     _run(name, size, picks, algorithm, callback)
     return algorithm.peak
 
 
-def _run(name: str, size: int, picks: int, algorithm: GradMatch, callback: Callback, steps: int = 1) -> None:
+def _run(
+    name: str, size: int, microbatch_size: int, algorithm: GradMatch | None, callback: Callback, steps: int = 1
+) -> None:
     torch.manual_seed(0)
     batch, model = MODELS[name].batch(size), MODELS[name].build()
     trainer = Trainer(
         model=model,
-        train_dataloader=DataSpec([batch] * steps, get_num_samples_in_batch=lambda batch: len(batch[0])),
+        train_dataloader=DataSpec([batch] * steps),
         optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
         max_duration=f"{steps}ba",
-        device_train_microbatch_size=picks,
-        algorithms=[algorithm],
+        device_train_microbatch_size=microbatch_size,
+        algorithms=None if algorithm is None else [algorithm],
         algorithm_passes=[select_first],
         callbacks=[callback],
         progress_bar=False,

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from composer.models import ComposerModel
+from composer.models import ComposerModel, HuggingFaceModel
 from torch import nn
 
 from composer_gradmatch.builders import build_named
 
-__all__ = ["MODELS", "BenchmarkModel", "CausalLM"]
+__all__ = ["MODELS", "BenchmarkModel", "CausalLM", "minilm"]
 
 
 class CausalLM(ComposerModel):
@@ -43,6 +43,32 @@ class CausalLM(ComposerModel):
         return losses.reshape(batch[1].shape) if reduction == "none" else losses
 
 
+def minilm(num_labels: int = 2) -> HuggingFaceModel:
+    """A BERT of MiniLM's size with random weights, as a classifier of texts.
+
+    Args:
+        num_labels (int, optional): Classes. Default: ``2``.
+
+    Raises:
+        ImportError: If transformers is not installed.
+    """
+    try:
+        from transformers import BertConfig, BertForSequenceClassification
+    except ImportError as error:
+        raise ImportError("The model minilm needs transformers: pip install 'composer-gradmatch[nlp]'.") from error
+    config = BertConfig(
+        vocab_size=30522,
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        intermediate_size=1536,
+        hidden_dropout_prob=0.1,
+        attention_probs_dropout_prob=0.1,
+        num_labels=num_labels,
+    )
+    return HuggingFaceModel(BertForSequenceClassification(config), use_logits=True)
+
+
 @dataclass(frozen=True)
 class BenchmarkModel:
     """A model, its data, and the sizes that it is measured at by default.
@@ -55,7 +81,7 @@ class BenchmarkModel:
     """
 
     build: Callable[[], ComposerModel]
-    batch: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+    batch: Callable[[int], Any]
     samples: tuple[int, ...]
     picks: int
 
@@ -69,9 +95,22 @@ def _texts(num_samples: int) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens[:, :-1], tokens[:, 1:]
 
 
+def _classified_texts(num_samples: int) -> dict[str, torch.Tensor]:
+    return {
+        "input_ids": torch.randint(30522, (num_samples, 64)),
+        "attention_mask": torch.ones(num_samples, 64, dtype=torch.int64),
+        "labels": torch.randint(2, (num_samples,)),
+    }
+
+
+def _resnet18_cifar(norm: str) -> Callable[[], ComposerModel]:
+    return lambda: build_named("model", {"name": "resnet18_cifar", "num_classes": 10, "norm": norm})
+
+
+_IMAGE_SAMPLES, _TEXT_SAMPLES = (32, 64, 128, 256), (16, 32, 64)
 MODELS = {
-    "resnet18_cifar": BenchmarkModel(
-        lambda: build_named("model", {"name": "resnet18_cifar", "num_classes": 10}), _images, (32, 64, 128, 256), 16
-    ),
-    "causal_lm": BenchmarkModel(CausalLM, _texts, (16, 32, 64), 8),
+    "resnet18_cifar": BenchmarkModel(_resnet18_cifar("batch"), _images, _IMAGE_SAMPLES, 16),
+    "resnet18_cifar_group": BenchmarkModel(_resnet18_cifar("group"), _images, _IMAGE_SAMPLES, 16),
+    "causal_lm": BenchmarkModel(CausalLM, _texts, _TEXT_SAMPLES, 8),
+    "minilm": BenchmarkModel(minilm, _classified_texts, _TEXT_SAMPLES, 8),
 }
