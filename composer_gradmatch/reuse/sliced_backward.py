@@ -154,7 +154,11 @@ class Run:
     def __init__(self, graphs: Graphs, args: list[Any], results: list[Any]) -> None:
         self.graphs = graphs
         self._args, self._sizes = args, graphs.other_sizes(args)
-        self._all_outputs = results[graphs.num_mutated : graphs.num_outputs]
+        # Autograd is about to put its own graph behind the outputs, which would keep what was saved.
+        self._all_outputs = [
+            out.detach() if isinstance(out, torch.Tensor) else out
+            for out in results[graphs.num_mutated : graphs.num_outputs]
+        ]
         self.saved: list[Any] = results[graphs.num_outputs : graphs.num_outputs + len(graphs.saved)]
         self.parameters = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.requires_grad]
         self._places = [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor) and arg.requires_grad]
@@ -183,7 +187,7 @@ class Run:
             if graphs.layouts[graphs.outputs[position]] != Layout(0):
                 shape = tuple(graphs.outputs[position].meta["val"].shape)
                 raise UnsupportedError(f"it returns a tensor of shape {shape} that has no row for each sample")
-        self.outputs = [self._all_outputs[position].detach() for position in positions]
+        self.outputs = [self._all_outputs[position] for position in positions]
         if len(with_gradient) != graphs.num_tangents or not set(with_gradient) <= set(positions):
             raise UnsupportedError("its outputs' gradients cannot be told apart")
         #: For each gradient that the backward graph takes: which of the model's outputs it is of.

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torchvision.models import resnet18
 
 from composer_gradmatch.models.wide_resnet import wide_resnet
@@ -133,18 +134,20 @@ def test_microbatches_add_up_and_their_number_may_be_one():
 def test_the_last_backward_pass_lets_go_of_what_was_saved():
     model, inputs, targets = built("encoder, positions first")
     captured = CapturedForward(lambda batch: model(batch[0]))((inputs, targets), M)
-    gradients = [
-        torch.autograd.grad(weighted(captured.rows(ROWS, last), targets[ROWS]), list(model.parameters()))
-        for last in (False, True)
-    ]
-    assert_close(gradients[1], gradients[0], 1e-6)
-    layouts = captured.run.graphs.layouts
+    ours = {tensor.untyped_storage().data_ptr() for tensor in (inputs, captured.outputs, *model.parameters())}
+    saved = [tensor.untyped_storage() for tensor in captured.run.saved]
+    activations = [StorageWeakRef(storage) for storage in saved if storage.data_ptr() not in ours]
+    del saved
+    assert len(activations) > 20
+
+    def gradients(last):
+        return torch.autograd.grad(weighted(captured.rows(ROWS, last), targets[ROWS]), list(model.parameters()))
+
+    kept = gradients(False)
+    assert not any(each.expired() for each in activations)
+    assert_close(gradients(True), kept, 1e-6)
+    assert all(each.expired() for each in activations)
     assert captured.run.spent
-    assert not [
-        tensor
-        for node, tensor in zip(captured.run.graphs.saved, captured.run.saved, strict=True)
-        if tensor is not None and layouts[node] is not None
-    ]
 
 
 def test_the_graphs_serve_batches_of_any_size():

@@ -135,9 +135,7 @@ def test_minibatches_of_many_lengths(case, served):
     def batches():
         for i, length in enumerate([6, 7, 5, 4, 6, 7]):
             batch = case.batch(10, seed=i)
-            yield {
-                key: value[:, -length:].contiguous() if value.dim() == 2 else value for key, value in batch.items()
-            }
+            yield {key: value[:, -length:].contiguous() if value.dim() == 2 else value for key, value in batch.items()}
 
     models, runs = [], []
     for reuse in (False, True):
