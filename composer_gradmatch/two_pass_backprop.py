@@ -34,6 +34,15 @@ __all__ = ["TwoPassBackprop"]
 Result = TypeVar("Result")
 
 
+def _import_single_pass() -> type[SinglePass]:
+    """Imports TorchDynamo, which takes seconds, and interfaces of torch that other versions may not have."""
+    try:
+        from composer_gradmatch.reuse.single_pass import SinglePass
+    except ImportError as error:
+        raise UnsupportedError(f"torch {torch.__version__} is not a version that it works with ({error})") from error
+    return SinglePass
+
+
 class TwoPassBackprop(SubsetBackprop):
     """A :class:`.SubsetBackprop` that selects by a forward pass of its own over the whole minibatch.
 
@@ -153,9 +162,8 @@ class TwoPassBackprop(SubsetBackprop):
             if needs_all_ranks(model):
                 raise UnsupportedError("its forward passes are ones of all ranks (FSDP, SyncBatchNorm)")
             if self._single_pass is None:
-                from composer_gradmatch.reuse.single_pass import SinglePass  # Dynamo, which takes seconds to import.
-
-                self._single_pass = SinglePass(model, lambda: self._precision(state), self._watched_layer(state))
+                make = _import_single_pass()
+                self._single_pass = make(model, lambda: self._precision(state), self._watched_layer(state))
             with span("selection_forward"):
                 outputs = self._single_pass.forward(state.batch, num_samples)
             with self._precision(state):

@@ -86,14 +86,14 @@ def _candidates(value: torch.Tensor, batch: sympy.Symbol) -> list[Layout]:
             continue
         if found:
             raise UnsupportedError(f"a tensor of shape {tuple(value.shape)} has the samples in two dimensions")
-        each = sympy.factor(expression / batch)
+        each: Any = sympy.factor(expression / batch)
         if batch in each.free_symbols or not each.as_coeff_Mul()[0].is_Integer:
             raise UnsupportedError(f"a tensor's size {expression} is no multiple of the number of samples {batch}")
         found = [Layout(dim, outer, sympy.cancel(each / outer)) for outer in _divisors(each)]
     return found
 
 
-def _divisors(size: sympy.Expr) -> list[sympy.Expr]:
+def _divisors(size: Any) -> list[Any]:
     """The products of a size's factors."""
     number, rest = size.as_coeff_Mul()
     numbers = [[sympy.Integer(divisor) for divisor in sympy.divisors(int(number))]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 
 import pytest
@@ -200,6 +201,12 @@ def test_what_is_not_supported_falls_back_to_two_passes_and_says_why_once(case, 
     assert sum("two forward passes" in str(each.message) for each in caught) == 1
     assert not any(served)
     assert_same_parameters(reference, model, tolerance=1e-6)
+
+
+def test_a_torch_without_the_interfaces_falls_back(monkeypatch):
+    monkeypatch.setitem(sys.modules, "composer_gradmatch.reuse.single_pass", None)
+    with pytest.warns(UserWarning, match=r"two forward passes are made: torch \S+ is not a version"):
+        trained(MLP.model(), loader(MLP.data(M), M), [always()])
 
 
 def test_falling_back_leaves_no_trace_in_buffers_and_generators():
