@@ -77,6 +77,21 @@ class Autocast(nn.Module):
             return self.module(inputs)
 
 
+class Encoder(nn.Module):
+    """A classifier of sequences (M, T, width), worked on with samples or positions first."""
+
+    def __init__(self, batch_first, *, width, heads, layers, dropout, num_classes=NUM_CLASSES):
+        super().__init__()
+        self.batch_first = batch_first
+        layer = nn.TransformerEncoderLayer(width, heads, 2 * width, dropout=dropout, batch_first=batch_first)
+        self.body = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, inputs):
+        hidden = self.body(inputs if self.batch_first else inputs.transpose(0, 1))
+        return self.head(hidden.mean(1 if self.batch_first else 0))
+
+
 @dataclass(frozen=True)
 class Case:
     name: str

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import Autocast, Encoder
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torchvision.models import resnet18
@@ -22,27 +23,8 @@ ROWS = torch.tensor([5, 0, 2])
 WEIGHTS = torch.tensor([0.5, 2.0, 0.5])
 
 
-class Encoder(nn.Module):
-    def __init__(self, batch_first, dropout):
-        super().__init__()
-        self.batch_first = batch_first
-        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=dropout, batch_first=batch_first)
-        self.body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.head = nn.Linear(16, CLASSES)
-
-    def forward(self, inputs):
-        body = self.body(inputs if self.batch_first else inputs.transpose(0, 1))
-        return self.head(body.mean(1 if self.batch_first else 0))
-
-
-class Autocast(nn.Module):
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, inputs):
-        with torch.autocast("cpu", torch.bfloat16):
-            return self.module(inputs)
+def encoder(batch_first):
+    return Encoder(batch_first, width=16, heads=2, layers=2, dropout=0.3)
 
 
 def mlp():
@@ -58,8 +40,8 @@ def batchnorm():
 MODELS = {
     "mlp": (mlp, (12,)),
     "bf16": (lambda: Autocast(mlp()), (12,)),
-    "encoder, batch first": (lambda: Encoder(True, 0.3), (7, 16)),
-    "encoder, positions first": (lambda: Encoder(False, 0.3), (7, 16)),
+    "encoder, batch first": (lambda: encoder(True), (7, 16)),
+    "encoder, positions first": (lambda: encoder(False), (7, 16)),
     "ResNet-18, GroupNorm": (
         lambda: resnet18(num_classes=CLASSES, norm_layer=lambda channels: nn.GroupNorm(8, channels)),
         (3, 32, 32),

