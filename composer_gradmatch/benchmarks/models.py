@@ -43,11 +43,8 @@ class CausalLM(ComposerModel):
         return losses.reshape(batch[1].shape) if reduction == "none" else losses
 
 
-def minilm(num_labels: int = 2) -> HuggingFaceModel:
-    """A BERT of MiniLM's size with random weights, as a classifier of texts.
-
-    Args:
-        num_labels (int, optional): Classes. Default: ``2``.
+def minilm() -> HuggingFaceModel:
+    """A BERT of MiniLM's size with random weights, as a classifier of texts in two classes.
 
     Raises:
         ImportError: If transformers is not installed.
@@ -64,7 +61,7 @@ def minilm(num_labels: int = 2) -> HuggingFaceModel:
         intermediate_size=1536,
         hidden_dropout_prob=0.1,
         attention_probs_dropout_prob=0.1,
-        num_labels=num_labels,
+        num_labels=2,
     )
     return HuggingFaceModel(BertForSequenceClassification(config), use_logits=True)
 

@@ -241,10 +241,9 @@ class SinglePass:
             with picks_normalised_by_all(self.model, self._picks) as mixed:
                 alone = not mixed and not graphs.random
                 reference = self.model(self._inputs(self._picked if alone else self._batch))
-            own = [leaf for leaf in tree_flatten(reference)[0] if isinstance(leaf, torch.Tensor)]
+            own = [leaf.detach() for leaf in tree_flatten(reference)[0] if isinstance(leaf, torch.Tensor)]
             if len(own) != len(captured):
                 raise UnsupportedError("the model itself returns other tensors than when it is captured")
-            own = [leaf.detach() for leaf in own]
             if alone:
                 check_outputs(rows(captured), own, "that on the picks alone: layers mix samples, or run in another way")
             else:

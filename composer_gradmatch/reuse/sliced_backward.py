@@ -45,6 +45,12 @@ class Graphs:
         placeholders = [node for node in backward.graph.nodes if node.op == "placeholder"]
         #: Which outputs have gradients, as positions among the outputs.
         self.num_tangents = len(placeholders) - len(saved)
+        inputs = [node.meta["val"] for node in forward.graph.nodes if node.op == "placeholder"]
+        self._others = {
+            value.node.expr: i
+            for i, value in enumerate(inputs)
+            if isinstance(value, torch.SymInt) and value.node.expr.is_Symbol and value.node.expr != batch
+        }
         #: Whether the forward pass draws random numbers.
         self.random = any(node.op == "call_function" and is_random(node) for node in forward.graph.nodes)
         #: Whether the gradients were found to be right.
@@ -101,13 +107,7 @@ class Graphs:
 
     def other_sizes(self, args: Sequence[Any]) -> Sizes:
         """The sizes that vary, beside the number of samples, in what the forward graph was called with."""
-        placeholders = [node.meta["val"] for node in self.forward.graph.nodes if node.op == "placeholder"]
-        sizes = {
-            size.node.expr: int(arg)
-            for size, arg in zip(placeholders, args, strict=True)
-            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol
-        }
-        return tuple((symbol, size) for symbol, size in sizes.items() if symbol != self.batch)
+        return tuple((symbol, int(args[i])) for symbol, i in self._others.items())
 
     def saved_sizes(self, num_samples: int, others: Sizes) -> list[int]:
         """The saved sizes, for a number of samples."""
@@ -202,11 +202,9 @@ class Run:
 
         The backward pass of the ``last`` ones lets go of the saved tensors on its way.
         """
-        taken = [output.index_select(0, rows) for output in self.outputs]
         graphed: Any = _SlicedBackward.apply(self, rows, last, *self.parameters)
-        for i, output in zip(self._differentiable, graphed, strict=True):
-            taken[i] = output
-        return taken
+        taken = dict(zip(self._differentiable, graphed, strict=True))
+        return [taken[i] if i in taken else output.index_select(0, rows) for i, output in enumerate(self.outputs)]
 
     def backward(self, rows: torch.Tensor, tangents: Sequence[torch.Tensor], last: bool) -> list[torch.Tensor | None]:
         """The parameters' gradients, in their order, of the samples ``rows`` by the gradients of their outputs."""
