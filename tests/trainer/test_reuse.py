@@ -356,11 +356,13 @@ def test_a_minibatch_that_shows_nothing_is_trained_in_two_passes_and_the_next_in
 
 
 class PeakOfStep(Callback):
+    """Of epochs of one step: the loader is asked once more than it has batches, and what that opens stays open."""
+
     def __init__(self):
         self.peaks = []
 
     def run_event(self, event, state, logger):
-        if event == Event.BEFORE_DATALOADER:
+        if event == Event.EPOCH_START:
             self.memory = PeakMemory().__enter__()
         elif event == Event.BATCH_END:
             self.memory.__exit__(None, None, None)
