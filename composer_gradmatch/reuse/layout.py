@@ -1,14 +1,18 @@
-"""How a tensor of a traced forward pass is laid out along the batch: determined on two copies, not guessed.
+"""How a tensor of a traced forward pass is laid out along the batch: determined on some samples, not guessed.
 
 The symbolic shape says which dimension holds the samples, and how many elements k of it belong to one. Where k > 1
 it does not say in which order: a linear layer on (M, T, D) saves an (M·T, D) whose samples come first, one on
-(T, M, D) an (M·T, D) whose positions do. So the forward graph runs on a few samples and on two copies of them, and
-the layout is the one in which both copies of a tensor show what the samples alone gave.
+(T, M, D) an (M·T, D) whose positions do. So the forward graph runs on a few samples, on a few others, and on both
+together, and the layout is the one in which the tensor of both together shows what each had alone.
+
+Where no layout shows it, samples are mixed: that is asked of every tensor on the way, not of the last ones only, so
+that a mixing layer is found though a weight of zero hides it for now. The only one allowed is batch normalisation in
+training, which is given the statistics of both together throughout: its backward pass has a formula of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -18,14 +22,14 @@ import sympy
 import torch
 from torch import fx
 
-from composer_gradmatch.reuse.unsupported import UnsupportedError
+from composer_gradmatch.reuse.unsupported import UndecidedError, UnsupportedError
 
 __all__ = ["Layout", "Sizes", "at", "determine_layouts", "is_random"]
 
 #: Symbols of sizes, and what they are in a batch.
 Sizes = tuple[tuple[sympy.Symbol, int], ...]
 
-#: Samples of which two copies are made.
+#: Samples of either half.
 _PROBES = 3
 
 
@@ -50,6 +54,12 @@ class Layout:
             return tensor.index_select(self.dim, rows)
         split = tensor.unflatten(self.dim, (outer, -1, inner))
         return split.index_select(self.dim + 1, rows).flatten(self.dim, self.dim + 2)
+
+    def join(self, tensors: Sequence[torch.Tensor], sizes: Sizes = ()) -> torch.Tensor:
+        """The samples of several tensors of the same layout, one tensor's after the other's."""
+        outer, inner = at(self.outer, sizes), at(self.inner, sizes)
+        split = [tensor.unflatten(self.dim, (outer, -1, inner)) for tensor in tensors]
+        return torch.cat(split, self.dim + 1).flatten(self.dim, self.dim + 2)
 
 
 @lru_cache(maxsize=4096)
@@ -113,59 +123,106 @@ def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return 0.0 if same and float(error) == 0 else float(error / size) if same and float(size) > 0 else float("inf")
 
 
-class _Probe:
-    """The values of a forward graph on a few samples and on two copies of them, node by node."""
+def _given(node: fx.Node, name: str) -> Any:
+    """What an operator is called with, or its default."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    for i, argument in enumerate(node.target._schema.arguments):
+        if argument.name == name:
+            return node.args[i] if i < len(node.args) else node.kwargs.get(name, argument.default_value)
+    return None
 
-    def __init__(self, batch: sympy.Symbol, probes: int, sizes: Sizes) -> None:
-        self.batch, self.probes, self.sizes = batch, probes, sizes
-        self.half: dict[fx.Node, Any] = {}
+
+def _normalises_by_batch(node: fx.Node, batch: sympy.Symbol) -> bool:
+    """Whether a node is batch normalisation in training; that of instances has statistics of each sample."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or "batch_norm" not in target.name():
+        return False
+    return _given(node, "training") is not False and not _candidates(node.meta["val"][1], batch)
+
+
+class _Probe:
+    """The values of a forward graph on two halves of some samples, and on both together, node by node."""
+
+    def __init__(self, batch: sympy.Symbol, sizes: Sizes) -> None:
+        self.batch, self.sizes = batch, sizes
+        self.halves: tuple[dict[fx.Node, Any], dict[fx.Node, Any]] = {}, {}
         self.both: dict[fx.Node, Any] = {}
         self.layouts: dict[fx.Node, Layout | None] = {}
+
+    def give(self, node: fx.Node, first: Any, second: Any, both: Any) -> None:
+        """Sets a node's values."""
+        self.halves[0][node], self.halves[1][node], self.both[node] = first, second, both
 
     def layout(self, node: fx.Node) -> Layout | None:
         """The layout of a node's tensor; None where it does not depend on the number of samples."""
         if node not in self.layouts:
-            self.layouts[node] = self._find(node)
+            fitting = self.fitting(node)
+            if len(fitting) > 1:
+                raise UnsupportedError(f"a saved tensor ({node.name}) has its samples in more than one possible order")
+            self.layouts[node] = fitting[0]
         return self.layouts[node]
 
-    def _find(self, node: fx.Node) -> Layout | None:
-        half, both = self.half[node], self.both[node]
+    def fitting(self, node: fx.Node) -> list[Layout | None]:
+        """The layouts, at least one, in which both together show what the halves do.
+
+        Raises:
+            UnsupportedError: If there is none.
+        """
+        both, halves = self.both[node], [half[node] for half in self.halves]
+        tolerance = 3e-2 if both.dtype in (torch.float16, torch.bfloat16) else 1e-3
         candidates = _candidates(node.meta["val"], self.batch)
-        tolerance = 3e-2 if half.dtype in (torch.float16, torch.bfloat16) else 1e-3
         if not candidates:
-            if half.shape != both.shape or _difference(half, both) > tolerance:
+            if any(half.shape != both.shape or _difference(half, both) > tolerance for half in halves):
                 raise UnsupportedError(
-                    f"a saved tensor ({node.name}) belongs to no sample, but depends on their number"
+                    f"layers mix samples: a tensor ({node.name}) belongs to none of them, but depends on which they are"
                 )
-            return None
-        copies = [torch.arange(self.probes, device=half.device) + i * self.probes for i in range(2)]
-        fitting = [
+            return [None]
+        rows = [torch.arange(_PROBES, device=both.device) + i * _PROBES for i in range(2)]
+        fitting: list[Layout | None] = [
             layout
             for layout in candidates
-            if all(_difference(half, layout.take(both, rows, self.sizes)) <= tolerance for rows in copies)
+            if all(
+                _difference(half, layout.take(both, own, self.sizes)) <= tolerance
+                for half, own in zip(halves, rows, strict=True)
+            )
         ]
-        if len(fitting) != 1:
-            what = "no order" if not fitting else "more than one order"
-            raise UnsupportedError(f"a saved tensor ({node.name}) has its samples in {what} that two copies show")
-        return fitting[0]
+        if not fitting:
+            raise UnsupportedError(
+                f"layers mix samples: a sample's part of a tensor ({node.name}) depends on the others, or is in an "
+                "order that cannot be found"
+            )
+        return fitting
 
     def run(self, node: fx.Node) -> None:
-        """Computes a node on both; random numbers are the same in both copies."""
-        half = self._call(node, self.half)
+        """Computes a node on all three; random numbers are those of the halves."""
         if is_random(node):
-            both = self._doubled(node, half)
+            halves = [self._call(node, half) for half in self.halves]
+            self.give(node, *halves, self._joined(node, halves))
         elif isinstance(node.target, torch._ops.OpOverload) and "empty" in node.target.name():
             # Whatever it holds is not read, but must not be told apart, either.
-            half, both = half.zero_(), self._call(node, self.both).zero_()
+            self.give(node, *(self._call(node, values).zero_() for values in (*self.halves, self.both)))
             self._inherit(node)
-        else:
+        elif _normalises_by_batch(node, self.batch):
             both = self._call(node, self.both)
-        self.half[node], self.both[node] = half, both
+            self.give(node, *(self._normalised(node, half, both) for half in self.halves), both)
+        else:
+            self.give(node, *(self._call(node, values) for values in (*self.halves, self.both)))
 
     def _call(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
         assert callable(node.target)
         return node.target(*args, **kwargs)
+
+    def _normalised(self, node: fx.Node, half: dict[fx.Node, Any], both: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+        """What batch normalisation makes of a half with the statistics of both together."""
+        inputs, weight, bias = (
+            half[value] if isinstance(value, fx.Node) else value
+            for value in (_given(node, name) for name in ("input", "weight", "bias"))
+        )
+        eps = next(value for name in ("eps", "epsilon") if (value := _given(node, name)) is not None)
+        mean, variance = both[1], both[2].double().pow(-2) - eps
+        outputs = torch.nn.functional.batch_norm(inputs, mean, variance.to(mean), weight, bias, training=False, eps=eps)
+        return outputs, *both[1:]
 
     def _inherit(self, node: fx.Node) -> Layout | None:
         """Takes over the layout of an argument of the same shape: what is like a tensor is laid out like it."""
@@ -182,21 +239,39 @@ class _Probe:
             raise UnsupportedError(f"random numbers ({node.name}) are drawn in an order that nothing shows")
         return self.layouts.get(node)
 
-    def _doubled(self, node: fx.Node, half: Any) -> Any:
-        """The random numbers of ``half``, for both copies."""
+    def _joined(self, node: fx.Node, halves: Sequence[Any]) -> Any:
+        """What a node that draws random numbers would make of both together, had it drawn those of the halves."""
 
-        def double(value: torch.Tensor, layout: Layout | None) -> torch.Tensor:
+        def joined(values: Sequence[torch.Tensor], layout: Layout | None) -> torch.Tensor:
             if layout is None:
-                return value
-            return layout.take(value, torch.arange(2 * self.probes, device=value.device) % self.probes, self.sizes)
+                raise UnsupportedError(f"all samples share the random numbers of {node.target}")
+            return layout.join(values, self.sizes)
 
-        if isinstance(half, torch.Tensor):
-            return double(half, self._inherit(node))
+        if isinstance(halves[0], torch.Tensor):
+            return joined(halves, self._inherit(node))
         argument = node.all_input_nodes[0]
         shape = argument.meta["val"].shape
         if any(value.shape != shape for value in node.meta["val"]):
             raise UnsupportedError(f"{node.target} draws random numbers of its own for each sample")
-        return tuple(double(value, self.layout(argument)) for value in half)
+        return tuple(joined(values, self.layout(argument)) for values in zip(*halves, strict=True))
+
+
+def _depend_on(nodes: Iterable[fx.Node], sources: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes, of a graph in its order, that depend on any source."""
+    found = set(sources)
+    for node in nodes:
+        if any(argument in found for argument in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _needed_by(nodes: Iterable[fx.Node], ends: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes, of a graph in its order, that any end depends on, and the ends."""
+    found = set(ends)
+    for node in reversed(list(nodes)):
+        if node in found:
+            found.update(node.all_input_nodes)
+    return found
 
 
 @torch.no_grad()
@@ -221,34 +296,43 @@ def determine_layouts(
         on the number of samples.
 
     Raises:
-        UnsupportedError: If a layout cannot be told beyond doubt.
+        UndecidedError: If all samples are alike.
+        UnsupportedError: If a layout cannot be told beyond doubt, or samples are mixed by anything but batch
+            normalisation in training.
     """
-    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    probe = _Probe(batch, _PROBES, sizes)
-    for node, value in zip(placeholders, args, strict=True):
+    probe = _Probe(batch, sizes)
+    per_sample = []
+    for node, value in zip(graph.graph.find_nodes(op="placeholder"), args, strict=True):
         symbolic = node.meta["val"]
         if isinstance(symbolic, torch.SymInt):
-            probe.half[node], probe.both[node] = (
-                at(symbolic.node.expr, ((batch, few), *sizes)) for few in (_PROBES, 2 * _PROBES)
-            )
-        elif isinstance(value, torch.Tensor):
+            few, twice = (at(symbolic.node.expr, ((batch, n), *sizes)) for n in (_PROBES, 2 * _PROBES))
+            probe.give(node, few, few, twice)
+            continue
+        probe.give(node, value, value, value)
+        if isinstance(value, torch.Tensor):
             layouts = _candidates(symbolic, batch)
             if len(layouts) > 1:
                 raise UnsupportedError(f"an input of shape {tuple(value.shape)} has several rows for each sample")
             layout = probe.layouts[node] = layouts[0] if layouts else None
-            probe.half[node] = probe.both[node] = value
             if layout is not None:
-                # Of two samples, the first comes twice: what is alike in the half says nothing, and is not needed.
-                few = torch.arange(_PROBES, device=value.device) % value.shape[layout.dim]
-                probe.half[node], probe.both[node] = layout.take(value, few), layout.take(value, torch.cat([few, few]))
-        else:
-            probe.half[node] = probe.both[node] = value
+                per_sample.append(node)
+                # Of few samples, some come twice: what is alike in a half says nothing, and is not needed.
+                size = value.shape[layout.dim]
+                rows = torch.arange(_PROBES, device=value.device)
+                rows = [rows % size, size - 1 - rows % min(_PROBES, size - 1)]
+                probe.give(node, *(layout.take(value, each) for each in (*rows, torch.cat(rows))))
+    if all(torch.equal(probe.halves[0][node], probe.halves[1][node]) for node in per_sample):
+        raise UndecidedError("the samples of a minibatch are alike")
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
         for node in graph.graph.nodes:
             if node.op == "get_attr":
-                probe.half[node] = probe.both[node] = getattr(graph, str(node.target))
+                probe.give(node, *[getattr(graph, str(node.target))] * 3)
             elif node.op == "call_function":
                 probe.run(node)
     outputs = [out for out in graph.graph.output_node().args[0] if isinstance(out, fx.Node)]  # type: ignore[union-attr]
-    tensors = [out for out in outputs if isinstance(out.meta.get("val"), torch.Tensor)]
-    return {out: probe.layout(out) for out in tensors if wanted(out)}
+    ends = [out for out in outputs if isinstance(out.meta.get("val"), torch.Tensor) and wanted(out)]
+    on_the_way = _depend_on(graph.graph.nodes, per_sample) & _needed_by(graph.graph.nodes, ends)
+    for node in graph.graph.nodes:
+        if node in on_the_way and isinstance(node.meta.get("val"), torch.Tensor) and node not in probe.layouts:
+            probe.fitting(node)
+    return {out: probe.layout(out) for out in ends}

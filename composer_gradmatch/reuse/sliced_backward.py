@@ -180,13 +180,12 @@ class Run:
             UnsupportedError: If an output has no row for each sample, or the graphs cannot be sliced.
         """
         graphs = self.graphs
+        for position in positions:
+            shape = tuple(graphs.outputs[position].meta["val"].shape)
+            if not shape or not isinstance(shape[0], torch.SymInt) or shape[0].node.expr != graphs.batch:
+                raise UnsupportedError(f"it returns a tensor of shape {shape} that has no row for each sample")
         graphs.prepare(self._args)
         self._args = []
-        assert graphs.layouts is not None
-        for position in positions:
-            if graphs.layouts[graphs.outputs[position]] != Layout(0):
-                shape = tuple(graphs.outputs[position].meta["val"].shape)
-                raise UnsupportedError(f"it returns a tensor of shape {shape} that has no row for each sample")
         self.outputs = [self._all_outputs[position] for position in positions]
         if len(with_gradient) != graphs.num_tangents or not set(with_gradient) <= set(positions):
             raise UnsupportedError("its outputs' gradients cannot be told apart")

@@ -30,6 +30,10 @@ _TOLERANCE, _LOW_PRECISION_TOLERANCE = 1e-3, 5e-2
 #: Of gradients in single precision. Rounding switches units of a ReLU on and off, which in a ResNet-18 with batch
 #: normalisation was seen to make 0.4 % of a gradient; a tensor that is sliced wrongly makes tens of per cent.
 _GRADIENT_TOLERANCE = 1e-2
+#: Of each parameter's gradient, relative to its own norm, and what rounding may make of one that is nearly zero,
+#: relative to the whole gradient's.
+_PARAMETER_TOLERANCE, _LOW_PRECISION_PARAMETER_TOLERANCE = 0.1, 0.5
+_ROUNDING, _LOW_PRECISION_ROUNDING = 1e-4, 5e-3
 
 
 def _tolerance(tensors: Sequence[torch.Tensor]) -> float:
@@ -77,21 +81,25 @@ def check_gradients(
         UndecidedError: If the reference is not finite, or zero.
         UnsupportedError: If they differ by more than rounding, or the sliced ones are not finite.
     """
-    error = size = torch.zeros((), dtype=torch.float64)
+    errors, sizes = [], []
     for one, other in zip(found, expected, strict=True):
         if one is None and other is None:
             continue
         reference = torch.zeros_like(one) if other is None and one is not None else other
         assert reference is not None
-        difference = reference if one is None else one - reference
-        error = error.to(reference.device) + difference.double().square().sum()
-        size = size.to(reference.device) + reference.double().square().sum()
-    if not size.isfinite() or not size > 0:
+        errors.append((reference if one is None else one - reference).norm(dtype=torch.float64).cpu())
+        sizes.append(reference.norm(dtype=torch.float64).cpu())
+    error, size = torch.stack(errors), torch.stack(sizes)
+    whole = size.norm()
+    if not whole.isfinite() or not whole > 0:
         raise UndecidedError("the gradients that it should be compared with are not finite, or zero")
     tolerance = _LOW_PRECISION_TOLERANCE if low_precision else _GRADIENT_TOLERANCE
-    if not error.sqrt() <= tolerance * size.sqrt():
+    of_each = _LOW_PRECISION_PARAMETER_TOLERANCE if low_precision else _PARAMETER_TOLERANCE
+    rounding = _LOW_PRECISION_ROUNDING if low_precision else _ROUNDING
+    if not error.norm() <= tolerance * whole or not (error <= of_each * size + rounding * whole).all():
         raise UnsupportedError(
-            f"its gradient differs from that of the same picks by {float((error / size).sqrt()):.2g} of its norm: "
+            f"its gradient differs from that of the same picks by {float(error.norm() / whole):.2g} of its norm, and "
+            f"a parameter's by up to {float((error / size.clamp(min=rounding * float(whole))).max()):.2g} of its own: "
             "layers mix samples, or run in another way"
         )
 

@@ -15,7 +15,7 @@ from torchvision.models import resnet18
 from composer_gradmatch.models.wide_resnet import wide_resnet
 from composer_gradmatch.reuse.capture import CapturedForward
 from composer_gradmatch.reuse.layout import Layout
-from composer_gradmatch.reuse.unsupported import UnsupportedError
+from composer_gradmatch.reuse.unsupported import UndecidedError, UnsupportedError
 from composer_gradmatch.reuse.verify import check_gradients, check_outputs, picks_normalised_by_all
 
 M, CLASSES = 8, 5
@@ -201,7 +201,8 @@ class Returning(nn.Module):
         (Returning(lambda x: (x, x.mean())), "no row for each sample"),
         (Returning(lambda x: x @ x.T), "two dimensions"),
         (Returning(lambda x: x.reshape(-1)), "no row for each sample"),
-        (Returning(lambda x: torch.cat([x, x[:1]])), "no multiple of the number of samples"),
+        (Returning(lambda x: torch.cat([x, x[:1]])), "no row for each sample"),
+        (Returning(lambda x: torch.cat([x, torch.zeros(1, CLASSES)])[:-1]), "no multiple of the number of samples"),
         (Returning(lambda x: (x, iter(()))), "cannot be"),
     ],
 )
@@ -210,12 +211,77 @@ def test_what_cannot_be_sliced_says_why(model, why):
         CapturedForward(lambda batch: model(batch[0]))((torch.randn(M, 12), torch.zeros(M)), M)
 
 
-@pytest.mark.parametrize("change", [lambda x: x - x.mean(0), lambda x: x.flip(0)])
-def test_what_mixes_samples_is_found_by_its_gradient(change):
-    model = Returning(change)
-    inputs, targets = torch.randn(M, 12), torch.randint(CLASSES, (M,))
-    captured = CapturedForward(lambda batch: model(batch[0]))((inputs, targets), M)
+class Gated(nn.Module):
+    """Adds what mixes samples behind a gate that is shut, as it is at the start of many residual branches."""
+
+    def __init__(self, mix):
+        super().__init__()
+        self.body, self.head, self.mix = nn.Linear(12, 12), nn.Linear(12, CLASSES), mix
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, inputs):
+        hidden = self.body(inputs)
+        return self.head(hidden + self.gate * self.mix(hidden))
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda x: x - x.mean(0),
+        lambda x: x.flip(0),
+        lambda x: (x @ x.T).softmax(-1) @ x,
+        lambda x: x.cumsum(0),
+        lambda x: x / x.norm(),
+        lambda x: (
+            F.scaled_dot_product_attention(*[x.unflatten(1, (2, 6)).transpose(0, 1)] * 3).transpose(0, 1).flatten(1)
+        ),
+    ],
+    ids=["mean", "flip", "similarities", "cumulative", "norm", "attention"],
+)
+@pytest.mark.parametrize("samples", [2, 3, M])
+def test_what_mixes_samples_is_found_though_its_gate_is_shut(mix, samples):
+    inputs = torch.randn(samples, 12)
+    with pytest.raises(UnsupportedError, match=r"mix samples|two dimensions"):
+        CapturedForward(Gated(mix))(inputs, samples)
+
+
+def test_what_only_works_on_each_sample_is_not_taken_for_mixing():
+    """Indices of the samples, statistics of each, batch statistics that only a buffer holds."""
+
+    class Innocent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.head = nn.InstanceNorm1d(3), nn.Linear(12, CLASSES)
+            self.register_buffer("level", torch.zeros(()))
+
+        def forward(self, inputs):
+            hidden = self.norm(inputs.unflatten(1, (3, 4))).flatten(1)
+            self.level.mul_(0.9).add_(inputs.mean(), alpha=0.1)
+            last = hidden[torch.arange(len(hidden)), inputs.argmax(1)]
+            return self.head(hidden) * last[:, None]
+
+    model, inputs, targets = Innocent(), torch.randn(M, 12), torch.randint(CLASSES, (M,))
+    captured = CapturedForward(model)(inputs, M)
     found = torch.autograd.grad(weighted(captured.rows(ROWS), targets[ROWS]), list(model.parameters()))
-    expected = torch.autograd.grad(weighted(model(inputs)[ROWS], targets[ROWS]), list(model.parameters()))
-    with pytest.raises(UnsupportedError, match="mix samples"):
-        check_gradients(found, expected)
+    expected = torch.autograd.grad(weighted(model(inputs[ROWS]), targets[ROWS]), list(model.parameters()))
+    assert_close(found, expected)
+
+
+def test_a_minibatch_of_like_samples_shows_nothing():
+    forward = CapturedForward(built("mlp")[0])
+    with pytest.raises(UndecidedError, match="alike"):
+        forward(torch.ones(M, 12), M)
+    assert forward(torch.randn(M, 12), M).outputs.shape == (M, CLASSES)
+
+
+def gradients_of(parameters, scale=1.0):
+    return [torch.full((3,), scale * parameter) for parameter in parameters]
+
+
+@pytest.mark.parametrize("wrong", [1.0, 1e-2])
+def test_gradients_are_compared_tensor_by_tensor(wrong):
+    """One of little weight that is all wrong is found, and rounding is not."""
+    expected = gradients_of([1.0, wrong, 1e-9])
+    check_gradients(gradients_of([1.0, wrong * 1.001, 2e-9]), expected)
+    with pytest.raises(UnsupportedError, match="differs from that of the same picks"):
+        check_gradients(gradients_of([1.0, wrong * 1.5, 1e-9]), expected)
