@@ -216,8 +216,8 @@ def find_rows(microbatch: Any, batch: Any, num_samples: int, read: Sequence[bool
         read (Sequence[bool]): Which of the batch's tensors matter.
 
     Returns:
-        torch.Tensor | None: Rows, int64, shape (m,), on the device of the first tensor that matters; of samples alike
-        in all that matters the first. None if something that matters is in no row of the batch.
+        torch.Tensor | None: Rows, int64, shape (m,), on the CPU; of samples alike in all that matters the first.
+        None if something that matters is in no row of the batch.
     """
     parts, wholes = list(tensor_leaves(microbatch)), list(tensor_leaves(batch))
     if len(parts) != len(wholes) or len(wholes) != len(read):
@@ -231,7 +231,7 @@ def find_rows(microbatch: Any, batch: Any, num_samples: int, read: Sequence[bool
             if part is not whole and not (part.shape == whole.shape and torch.equal(part, whole)):
                 return None
             continue
-        rows = _rows_in_memory(part, whole, whole.device)
+        rows = _rows_in_memory(part, whole, torch.device("cpu"))
         if rows is not None and (found is None or (len(rows) == len(found) and bool((found == rows).all()))):
             found = rows
             continue
@@ -250,7 +250,7 @@ def find_rows(microbatch: Any, batch: Any, num_samples: int, read: Sequence[bool
             return None
         at = torch.arange(len(found), device=same.device)
         return found if bool(same[at, found.to(same.device)].all()) else None
-    return same.int().argmax(1) if bool(same.any(1).all()) else None
+    return same.int().argmax(1).cpu() if bool(same.any(1).all()) else None
 
 
 def tensor_leaves(batch: Any) -> Iterator[torch.Tensor]:

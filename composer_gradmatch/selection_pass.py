@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,14 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from composer_gradmatch.batches import copy_structure, get_item
 
 __all__ = [
+    "Generators",
     "check_scale_factor",
     "largest_on_all_ranks",
     "needs_all_ranks",
     "no_trace",
     "precision_context",
     "scale_inputs",
-    "snapshot",
+    "snapshot_buffers",
     "unwrap",
 ]
 
@@ -42,21 +44,62 @@ def no_trace(model: nn.Module) -> Iterator[None]:
     Args:
         model (nn.Module): The model that runs inside the context.
     """
-    restore = snapshot(model)
+    restore_buffers, generators = snapshot_buffers(model), Generators.now()
     try:
         yield
     finally:
-        restore()
+        generators.restore()
+        restore_buffers()
 
 
-def snapshot(model: nn.Module) -> Callable[[], None]:
-    """Remembers what a forward pass changes, and returns what puts it back, as often as it is called.
+@dataclass(frozen=True, eq=False)
+class Generators:
+    """The states of the random number generators of torch (CPU and the current CUDA device), numpy and Python."""
 
-    Covers the model's buffers (their contents, and which tensors they are) and the generators of torch (CPU and the
-    current CUDA device), numpy and Python.
+    python: tuple[Any, ...]
+    numpy: tuple[Any, ...]
+    cpu: torch.Tensor
+    cuda: torch.Tensor | None
+    device: int
+
+    @classmethod
+    def now(cls) -> Generators:
+        """Their states as they are."""
+        cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+        device = torch.cuda.current_device() if cuda else 0
+        state: Any = np.random.get_state()
+        return cls(
+            random.getstate(),
+            state,
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state(device) if cuda else None,
+            device,
+        )
+
+    def restore(self) -> None:
+        """Puts them back."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, self.device)
+
+    def is_now(self) -> bool:
+        """Whether nothing has been drawn since."""
+        now = Generators.now()
+        return (
+            self.python == now.python
+            and all(np.array_equal(one, other) for one, other in zip(self.numpy, now.numpy, strict=True))
+            and torch.equal(self.cpu, now.cpu)
+            and (self.cuda is None or now.cuda is None or torch.equal(self.cuda, now.cuda))
+        )
+
+
+def snapshot_buffers(model: nn.Module) -> Callable[[], None]:
+    """Remembers a model's buffers, and returns what puts them back, as often as it is called.
 
     Args:
-        model (nn.Module): The model.
+        model (nn.Module): The model; of its buffers, their contents and which tensors they are.
     """
     buffers = [
         (module, name, buffer, buffer.detach().clone())
@@ -64,17 +107,8 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    device = torch.cuda.current_device() if cuda else 0
-    cuda_state = torch.cuda.get_rng_state(device) if cuda else None
 
     def restore() -> None:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        torch.set_rng_state(torch_state)
-        if cuda_state is not None:
-            torch.cuda.set_rng_state(cuda_state, device)
         with torch.no_grad():
             # All of them: batch_norm changes its buffers without telling their version counters.
             for module, name, buffer, content in buffers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager
@@ -131,8 +132,8 @@ class TwoPassBackprop(SubsetBackprop):
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Runs the part of the algorithm that belongs to an event: see :class:`.Algorithm`."""
         if event == Event.FIT_START:
-            if self._single_pass is not None:
-                self._single_pass.release()
+            if sys.modules.get("composer_gradmatch.reuse.single_pass") is not None:
+                _import_single_pass().release_model(unwrap(state.model))
             self._single_pass, self._makes_two_passes = None, not self.reuse_activations
         if event == Event.AFTER_TRAIN_BATCH:
             assert self._single_pass is not None
@@ -167,8 +168,11 @@ class TwoPassBackprop(SubsetBackprop):
             with span("selection_forward"):
                 outputs = self._single_pass.forward(state.batch, num_samples)
             with self._precision(state):
-                losses = per_sample_losses(model, outputs, state.batch, num_samples, self.loss_fn)
+                losses = self._losses_of(model, outputs, state.batch, num_samples)
             return visit(self._single_pass, losses)
+        except UndecidedError as error:
+            self._make_two_passes_now(error)
+            return None
         except UnsupportedError as error:
             self._make_two_passes(str(error))
             return None
@@ -189,9 +193,13 @@ class TwoPassBackprop(SubsetBackprop):
         try:
             single.serve(selection.indices, state.batch, selection.weights, losses)
         except UndecidedError as error:
-            self._warn_once(f"two forward passes are made until one can be verified: {error}.")
+            self._make_two_passes_now(error)
         except UnsupportedError as error:
             self._make_two_passes(str(error))
+
+    def _make_two_passes_now(self, error: UndecidedError) -> None:
+        """Says that one minibatch showed too little of a pass to reuse it."""
+        self._warn_once(f"two forward passes are made until one can be verified: {error}.")
 
     def _make_two_passes(self, reason: str) -> None:
         """Gives up reusing activations for the rest of the run."""
@@ -294,10 +302,13 @@ class TwoPassBackprop(SubsetBackprop):
                 ) from error
             except IndexError as error:
                 raise self._explained(error, batch) from error
-            try:
-                return outputs, per_sample_losses(model, outputs, batch, num_samples, self.loss_fn)
-            except IndexError as error:
-                raise self._explained(error, batch) from error
+            return outputs, self._losses_of(model, outputs, batch, num_samples)
+
+    def _losses_of(self, model: nn.Module, outputs: Any, batch: Any, num_samples: int) -> torch.Tensor:
+        try:
+            return per_sample_losses(model, outputs, batch, num_samples, self.loss_fn)
+        except IndexError as error:
+            raise self._explained(error, batch) from error
 
     def _explained(self, error: IndexError, batch: Any) -> Exception:
         """What an index that is out of range most often comes from."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -13,13 +15,14 @@ import torch
 from functorch.compile import default_partition
 from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.eval_frame import remove_from_cache
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from composer_gradmatch.batches import map_tensors
 from composer_gradmatch.reuse.sliced_backward import Graphs, Run
 from composer_gradmatch.reuse.unsupported import UnsupportedError
 
-__all__ = ["CapturedForward", "Pass"]
+__all__ = ["CapturedForward", "Pass", "first_line"]
 
 #: How many shapes of batches a model is traced for before it is called unsupported.
 _CAPTURES = 64
@@ -41,24 +44,24 @@ class Pass:
     run: Run
     read: list[bool]
 
-    def rows(self, rows: torch.Tensor, last: bool = False) -> Any:
+    def rows(self, rows: torch.Tensor, picks: Sequence[int] = ()) -> Any:
         """What the model returned, for the samples ``rows``, with the sliced backward pass as its graph.
 
-        The backward pass of the ``last`` ones lets go of the saved tensors.
+        For ``picks`` see :meth:`.Run.take`.
         """
         leaves, structure = tree_flatten(self.outputs)
-        position = {id(tensor): i for i, tensor in enumerate(self.run.outputs)}
-        taken = self.run.take(rows, last)
+        # A tensor that is returned several times is one, and its gradients are added.
+        taken = {id(whole): part for whole, part in zip(self.run.outputs, self.run.take(rows, picks), strict=True)}
         return tree_unflatten(
-            [taken[position[id(leaf)]] if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], structure
+            [taken[id(leaf)] if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], structure
         )
 
 
 @dataclass
 class _Recording:
-    """What happens inside a compiled call."""
+    """What happens inside a compiled call: its backend keeps this, and nothing that keeps the compiled function."""
 
-    partitioned: dict[int, Graphs] = field(default_factory=dict)
+    num_samples: int = 0
     run: Run | None = None
     results: Sequence[Any] = ()
     arguments: Sequence[Any] = ()
@@ -76,25 +79,34 @@ class CapturedForward:
     """
 
     def __init__(self, forward: Callable[[Any], Any], layer: nn.Module | None = None) -> None:
-        self._layer = layer
+        self._layer, self._forward = layer, forward
         self._recording = _Recording()
         self._seen: list[torch.Tensor] = []
         #: Whether other sizes than the number of samples may be symbols, and whether any was in the last call.
         self.varying, self.varies = True, False
         self._shapes: list[torch.Size] = []
         self._varied: set[tuple[int, int]] = set()
-        self._num_samples = 0
-        seen = self._seen
+        self._compiled = self._compile()
+
+    def fix_sizes(self) -> None:
+        """Lets each size but the number of samples be a constant, and captures for each anew."""
+        self.varying = False
+        self._compiled = self._compile()
+
+    def _compile(self) -> Callable[[Any], tuple[Any, list[torch.Tensor]]]:
+        forward, seen = self._forward, self._seen
 
         def traced(batch: Any) -> tuple[Any, list[torch.Tensor]]:
             seen.clear()
             return forward(batch), list(seen)
 
-        # Dynamo counts recompilations by code object, which all instances would share.
+        # Dynamo keeps what it has compiled by code object, which all functions made here would share.
         own = FunctionType(
             traced.__code__.replace(), traced.__globals__, traced.__name__, traced.__defaults__, traced.__closure__
         )
-        self._compiled = torch.compile(own, backend=self._backend, fullgraph=True)
+        # Dynamo would keep it, and all backends, for good.
+        weakref.finalize(self, remove_from_cache, own.__code__)
+        return torch.compile(own, backend=partial(_backend, self._recording), fullgraph=True)
 
     def __call__(self, batch: Any, num_samples: int) -> Pass:
         """Runs the forward pass over ``num_samples`` samples; buffers and generators change as in any forward pass.
@@ -103,7 +115,7 @@ class CapturedForward:
             UnsupportedError: If the model cannot be captured, or its activations not be sliced.
         """
         leaves = []
-        self._num_samples = num_samples
+        self._recording.num_samples = num_samples
 
         def mark(leaf: torch.Tensor) -> torch.Tensor:
             # Gaps between rows would be a stride, and so a size that varies.
@@ -132,7 +144,9 @@ class CapturedForward:
             inner = getattr(error, "inner_exception", error)  # Dynamo wraps what its backend raises.
             if isinstance(inner, UnsupportedError):
                 raise inner from None
-            raise UnsupportedError(f"it cannot be captured as one graph: {_first_line(inner)}") from error
+            if isinstance(inner, torch.OutOfMemoryError):
+                raise UnsupportedError(f"memory ran out in a forward pass over all {num_samples} samples") from error
+            raise UnsupportedError(f"it cannot be captured as one graph: {first_line(inner)}") from error
         finally:
             if handle is not None:
                 handle.remove()
@@ -149,7 +163,7 @@ class CapturedForward:
         self._shapes = shapes
         found = [(leaf, dim) for i, leaf in enumerate(leaves) for dim in range(leaf.dim()) if (i, dim) in self._varied]
         # Sizes that are alike get one symbol.
-        alike = any(leaf.shape[dim] == self._num_samples for leaf, dim in found)
+        alike = any(leaf.shape[dim] == self._recording.num_samples for leaf, dim in found)
         return found if self.varying and not alike else []
 
     def _watch(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -171,62 +185,64 @@ class CapturedForward:
                     raise UnsupportedError("it returns a tensor that its forward pass does not compute")
             elif not (leaf is None or isinstance(leaf, bool | int | float | str)):
                 raise UnsupportedError(f"it returns a {type(leaf).__name__}, whose samples cannot be told")
-        returned = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
+        returned = list({id(leaf): leaf for leaf in flat if isinstance(leaf, torch.Tensor)}.values())
         with_gradient = [
             i for i, result in enumerate(recording.results) if isinstance(result, torch.Tensor) and result.requires_grad
         ]
         run.name_outputs([positions[id(leaf)] for leaf in returned], with_gradient)
-        stripped = iter(run.outputs)
+        stripped = {id(leaf): output for leaf, output in zip(returned, run.outputs, strict=True)}
         outputs = tree_unflatten(
-            [next(stripped) if isinstance(leaf, torch.Tensor) else leaf for leaf in flat], structure
+            [stripped[id(leaf)] if isinstance(leaf, torch.Tensor) else leaf for leaf in flat], structure
         )
         recording.results = recording.arguments = ()
         return Pass(outputs, seen[0].detach() if seen else None, run, read)
 
-    def _backend(self, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        """Dynamo's backend: partitions the graph, and runs its forward part under record."""
-        batch = _batch_symbol(graph, self._num_samples)
-        num_results = _copy_outputs(graph)
-        graphs: list[Graphs] = []
 
-        def partition(
-            joint: fx.GraphModule, inputs: Sequence[Any], *, num_fwd_outputs: int, **kwargs: Any
-        ) -> tuple[fx.GraphModule, fx.GraphModule]:
-            forward, backward = default_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
-            graphs.append(Graphs(forward, backward, batch, num_fwd_outputs, num_fwd_outputs - num_results))
-            return forward, backward
+def _backend(recording: _Recording, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Dynamo's backend: partitions the graph, and runs its forward part under record."""
+    batch = _batch_symbol(graph, recording.num_samples)
+    num_results = _copy_outputs(graph)
+    graphs: list[Graphs] = []
 
-        def compile_forward(module: fx.GraphModule, _: Any) -> Callable[[list[Any]], Any]:
-            def run(args: list[Any]) -> Any:
-                outputs = module(*args)
-                if graphs:
-                    self._recording.run = Run(graphs[-1], list(args), list(outputs))
-                args.clear()
-                return outputs
+    def partition(
+        joint: fx.GraphModule, inputs: Sequence[Any], *, num_fwd_outputs: int, **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        forward, backward = default_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
+        graphs.append(Graphs(forward, backward, batch, num_fwd_outputs, num_fwd_outputs - num_results))
+        return forward, backward
 
-            run._boxed_call = True  # type: ignore[attr-defined]
-            return run
+    def compile_forward(module: fx.GraphModule, _: Any) -> Callable[[list[Any]], Any]:
+        def run(args: list[Any]) -> Any:
+            outputs = module(*args)
+            if graphs:
+                recording.run = Run(graphs[-1], list(args), list(outputs))
+            args.clear()
+            return outputs
 
-        def compile_backward(module: fx.GraphModule, _: Any) -> Callable[[list[Any]], Any]:
-            def never(args: list[Any]) -> Any:
-                raise AssertionError("The whole backward pass is not run.")
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
 
-            never._boxed_call = True  # type: ignore[attr-defined]
-            return never
+    def compile_backward(module: fx.GraphModule, _: Any) -> Callable[[list[Any]], Any]:
+        def never(args: list[Any]) -> Any:
+            raise AssertionError("The whole backward pass is not run.")
 
-        compiled = aot_autograd(fw_compiler=compile_forward, bw_compiler=compile_backward, partition_fn=partition)(
-            graph, example_inputs
-        )
+        never._boxed_call = True  # type: ignore[attr-defined]
+        return never
 
-        def call(*args: Any) -> Any:
-            results: Any = compiled(*args)
-            self._recording.results, self._recording.arguments = results, args
-            return results
+    compiled = aot_autograd(fw_compiler=compile_forward, bw_compiler=compile_backward, partition_fn=partition)(
+        graph, example_inputs
+    )
 
-        return call
+    def call(*args: Any) -> Any:
+        results: Any = compiled(*args)
+        recording.results, recording.arguments = results, args
+        return results
+
+    return call
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """An error's type, and the first line of what it says."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 

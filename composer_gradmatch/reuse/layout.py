@@ -149,9 +149,10 @@ class _Probe:
         self.both: dict[fx.Node, Any] = {}
         self.layouts: dict[fx.Node, Layout | None] = {}
 
-    def give(self, node: fx.Node, first: Any, second: Any, both: Any) -> None:
+    def give(self, node: fx.Node, halves: Sequence[Any], both: Any) -> None:
         """Sets a node's values."""
-        self.halves[0][node], self.halves[1][node], self.both[node] = first, second, both
+        self.halves[0][node], self.halves[1][node] = halves
+        self.both[node] = both
 
     def layout(self, node: fx.Node) -> Layout | None:
         """The layout of a node's tensor; None where it does not depend on the number of samples."""
@@ -197,16 +198,18 @@ class _Probe:
         """Computes a node on all three; random numbers are those of the halves."""
         if is_random(node):
             halves = [self._call(node, half) for half in self.halves]
-            self.give(node, *halves, self._joined(node, halves))
+            self.give(node, halves, self._joined(node, halves))
         elif isinstance(node.target, torch._ops.OpOverload) and "empty" in node.target.name():
             # Whatever it holds is not read, but must not be told apart, either.
-            self.give(node, *(self._call(node, values).zero_() for values in (*self.halves, self.both)))
+            self.give(
+                node, [self._call(node, half).zero_() for half in self.halves], self._call(node, self.both).zero_()
+            )
             self._inherit(node)
         elif _normalises_by_batch(node, self.batch):
             both = self._call(node, self.both)
-            self.give(node, *(self._normalised(node, half, both) for half in self.halves), both)
+            self.give(node, [self._normalised(node, half, both) for half in self.halves], both)
         else:
-            self.give(node, *(self._call(node, values) for values in (*self.halves, self.both)))
+            self.give(node, [self._call(node, half) for half in self.halves], self._call(node, self.both))
 
     def _call(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
@@ -306,9 +309,9 @@ def determine_layouts(
         symbolic = node.meta["val"]
         if isinstance(symbolic, torch.SymInt):
             few, twice = (at(symbolic.node.expr, ((batch, n), *sizes)) for n in (_PROBES, 2 * _PROBES))
-            probe.give(node, few, few, twice)
+            probe.give(node, (few, few), twice)
             continue
-        probe.give(node, value, value, value)
+        probe.give(node, (value, value), value)
         if isinstance(value, torch.Tensor):
             layouts = _candidates(symbolic, batch)
             if len(layouts) > 1:
@@ -320,13 +323,14 @@ def determine_layouts(
                 size = value.shape[layout.dim]
                 rows = torch.arange(_PROBES, device=value.device)
                 rows = [rows % size, size - 1 - rows % min(_PROBES, size - 1)]
-                probe.give(node, *(layout.take(value, each) for each in (*rows, torch.cat(rows))))
+                probe.give(node, [layout.take(value, half) for half in rows], layout.take(value, torch.cat(rows)))
     if all(torch.equal(probe.halves[0][node], probe.halves[1][node]) for node in per_sample):
         raise UndecidedError("the samples of a minibatch are alike")
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
         for node in graph.graph.nodes:
             if node.op == "get_attr":
-                probe.give(node, *[getattr(graph, str(node.target))] * 3)
+                constant = getattr(graph, str(node.target))
+                probe.give(node, (constant, constant), constant)
             elif node.op == "call_function":
                 probe.run(node)
     outputs = [out for out in graph.graph.output_node().args[0] if isinstance(out, fx.Node)]  # type: ignore[union-attr]

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from composer_gradmatch.batches import copy_structure, find_rows, tensor_leaves
 from composer_gradmatch.huggingface_losses import huggingface_losses
 from composer_gradmatch.losses import takes_loss_from_logits
-from composer_gradmatch.reuse.capture import CapturedForward, Pass
-from composer_gradmatch.reuse.unsupported import UnsupportedError
+from composer_gradmatch.reuse.capture import CapturedForward, Pass, first_line
+from composer_gradmatch.reuse.unsupported import UndecidedError, UnsupportedError
 from composer_gradmatch.reuse.verify import check_gradients, check_outputs, picks_normalised_by_all
-from composer_gradmatch.selection_pass import snapshot
+from composer_gradmatch.selection_pass import Generators, snapshot_buffers
 
 __all__ = ["SinglePass"]
 
@@ -37,22 +37,24 @@ class SinglePass:
     def __init__(
         self, model: nn.Module, precision: Callable[[], AbstractContextManager[None]], layer: nn.Linear | None = None
     ) -> None:
+        self.release_model(model)
         self.model, self.precision, self.layer = model, precision, layer
         #: A HuggingFace model computes a loss in its forward pass, which is no sample's: it is added afterwards.
         self._adds_loss = takes_loss_from_logits(model)
         self._captured_forward = CapturedForward(model.forward, layer)
         self._pass: Pass | None = None
-        self._restore: Callable[[], None] = lambda: None
+        self._restore_buffers: Callable[[], None] = lambda: None
+        #: The generators before and after the forward pass.
+        self._before = self._after = Generators.now()
         self._batch: Any = None
         self._num_samples = 0
         #: Whether the Trainer's forward is served from the pass.
         self.installed = False
-        #: Why the Trainer's forward could not be served, if it could not.
-        self.missed: str | None = None
         self._picked: Any = None
         self._picks = torch.empty(0, dtype=torch.int64)
         self._versions: list[int] = []
-        self._num_served = 0
+        self._served: set[int] = set()
+        self._others_came = False
 
     @property
     def pending(self) -> bool:
@@ -72,18 +74,18 @@ class SinglePass:
         Raises:
             UnsupportedError: If it cannot be captured, or not sliced; then it has left no trace.
         """
-        self._restore, self._batch, self._num_samples = snapshot(self.model), batch, num_samples
+        self._restore_buffers, self._before = snapshot_buffers(self.model), Generators.now()
+        self._batch, self._num_samples = batch, num_samples
         try:
             self._pass = self._capture()
-            flat, structure = tree_flatten(self._pass.outputs)
-            self.leaves = [
-                leaf.detach().requires_grad_(leaf.is_floating_point()) if isinstance(leaf, torch.Tensor) else leaf
-                for leaf in flat
-            ]
-            return self._completed(tree_unflatten(self.leaves, structure), batch)
+            self._after = Generators.now()
+            made = {id(output): output.detach() for output in self._pass.run.outputs}
+            self.leaves = [leaf.requires_grad_() for leaf in made.values() if leaf.is_floating_point()]
+            outputs = tree_map_only(torch.Tensor, lambda output: made[id(output)], self._pass.outputs)
+            return self._completed(outputs, batch)
         except BaseException:
             self.release()
-            self._restore()
+            self._rewind()
             raise
 
     def inputs_and_grads(self, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -97,14 +99,13 @@ class SinglePass:
         assert self.layer is not None
         inputs = self._pass.inputs
         assert inputs is not None
-        leaves = [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
         graphs = self._pass.run.graphs
         if graphs.layer_output is None:
-            graphs.layer_output = _position_of(self.layer, inputs, leaves)
-        leaf = leaves[graphs.layer_output]
+            graphs.layer_output = _position_of(self.layer, inputs, self.leaves)
+        leaf = self.leaves[graphs.layer_output]
         if not losses.requires_grad:
             raise UnsupportedError("its losses do not depend on what it returns")
-        grads = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+        grads = torch.autograd.grad(losses.sum(), self.leaves, allow_unused=True)
         if sum(grad is not None for grad in grads) != 1 or grads[graphs.layer_output] is None:
             raise UnsupportedError("its losses depend on other outputs than the output layer's")
         (grad,) = (grad for grad in grads if grad is not None)
@@ -112,7 +113,7 @@ class SinglePass:
         return inputs, grad.reshape(shape), leaf.detach().reshape(shape)
 
     def serve(self, picks: torch.Tensor, picked: Any, weights: torch.Tensor | None, losses: Losses) -> None:
-        """Verifies the pass, if its graphs are new, and serves the picks to the Trainer until :meth:`release`.
+        """Serves the picks to the Trainer until :meth:`release`; verifies the pass, where that is due.
 
         Args:
             picks (torch.Tensor): The picked samples of the minibatch, int64, shape (m,).
@@ -121,30 +122,39 @@ class SinglePass:
             losses (Callable): Samples' losses, for the verification.
 
         Raises:
-            UndecidedError: If nothing can be compared on this minibatch; then the pass has left no trace.
+            UndecidedError: If nothing can be compared on this minibatch; then the pass is as if it had not been, but
+                for what has been drawn since.
             UnsupportedError: If the gradients are not those of the same picks; then, too.
         """
         assert self._pass is not None
         self._picked, self._picks = picked, picks.to(next(tensor_leaves(picked)).device)
-        if not self._pass.run.graphs.verified:
-            try:
-                self._verify(torch.ones(len(picks)) if weights is None else weights, losses)
-            except BaseException:
-                self.release()
-                self._restore()
-                raise
-            self._pass.run.graphs.verified = True
+        graphs = self._pass.run.graphs
+        if graphs.steps + 1 >= graphs.verified_at:
+            self._verify(torch.ones(len(picks)) if weights is None else weights, losses)
+            graphs.verified_at *= 10
+        graphs.steps += 1
+        self._pass.run.num_picks = len(picks)
         self._versions = [leaf._version for leaf in tensor_leaves(picked)]
-        self.missed, self._num_served = None, 0
+        self._served, self._others_came = set(), False
         self._own_forward, self._instances_forward = self.model.forward, vars(self.model).get("forward")
         self.model.forward = self._serve  # type: ignore[method-assign]
         self.installed = True
 
+    @property
+    def missed(self) -> str | None:
+        """Why the Trainer's forward was not served, if it was not."""
+        if not self._others_came or len(self._served) == len(self._picks):
+            return None
+        return (
+            "the samples that are trained on are not those that were picked: microbatch_transforms or another "
+            "algorithm changes them after the selection"
+        )
+
     def abandon(self) -> None:
-        """Lets the pass be as if it had not been."""
+        """Lets the pass be as if it had not been, but for what has been drawn since."""
         if self.pending:
             self.release()
-            self._restore()
+            self._undo()
 
     def release(self) -> None:
         """Lets go of the activations, and of the model's ``forward``."""
@@ -154,18 +164,38 @@ class SinglePass:
                 self.model.forward = self._instances_forward
         self.installed = False
         self._pass = self._picked = self._batch = None
-        self.leaves: list[Any] = []
+        self.leaves: list[torch.Tensor] = []
+
+    @staticmethod
+    def release_model(model: nn.Module) -> None:
+        """Gives a model its own ``forward`` back, where a step that an error has ended left it served."""
+        owner = getattr(vars(model).get("forward"), "__self__", None)
+        if isinstance(owner, SinglePass):
+            owner.release()
+
+    def _rewind(self) -> None:
+        """Puts buffers and generators back to before the forward pass."""
+        self._restore_buffers()
+        self._before.restore()
+
+    def _undo(self) -> None:
+        """Puts buffers back, and the generators unless a selection has drawn since: it would draw the same again."""
+        self._restore_buffers()
+        if self._after.is_now():
+            self._before.restore()
 
     def _capture(self) -> Pass:
         try:
             with self.precision():
                 return self._captured_forward(self._inputs(self._batch), self._num_samples)
+        except UndecidedError:
+            raise
         except UnsupportedError:
             if not self._captured_forward.varies:
                 raise
         # Perhaps it can where each length of sequences is captured by itself.
-        self._captured_forward.varying = False
-        self._restore()
+        self._captured_forward.fix_sizes()
+        self._rewind()
         return self._capture()
 
     def _inputs(self, batch: Any) -> Any:
@@ -195,8 +225,9 @@ class SinglePass:
         if rows is None:
             return self._own_forward(batch)
         assert self._pass is not None
-        self._num_served += len(rows)
-        return self._completed(self._pass.rows(self._picks[rows], self._num_served >= len(self._picks)), batch)
+        taken = rows.tolist()
+        self._served.update(taken)
+        return self._completed(self._pass.rows(self._picks[rows.to(self._picks.device)], taken), batch)
 
     def _rows(self, batch: Any) -> torch.Tensor | None:
         assert self._pass is not None
@@ -204,20 +235,32 @@ class SinglePass:
         if not torch.is_grad_enabled() or run.versions != [parameter._version for parameter in run.parameters]:
             return None  # Other weights (SAM's second pass), or another purpose.
         if run.spent:
-            return None  # The microbatches are made once more, smaller, because memory ran out.
+            return None  # Memory ran out in the very last backward pass, or the picks are wanted once more.
         inputs, picked = self._inputs(batch), self._inputs(self._picked)
         rows = None
         if self._versions == [leaf._version for leaf in tensor_leaves(self._picked)]:
             rows = find_rows(inputs, picked, len(self._picks), self._pass.read)
-        if rows is None:
-            self.missed = (
-                "the samples that are trained on are not those that were picked: microbatch_transforms or another "
-                "algorithm changes them after the selection"
-            )
+        self._others_came |= rows is None
         return rows
 
     def _verify(self, weights: torch.Tensor, losses: Losses) -> None:
-        """Compares outputs and gradients with the model's own, and makes the pass once more.
+        """Compares outputs and gradients with the model's own, and makes the pass once more."""
+        drawn = Generators.now()
+        try:
+            self._compare(weights, losses)
+            self._rewind()
+            self._pass = self._capture()
+        except BaseException as error:
+            self.release()
+            drawn.restore()
+            self._undo()
+            if isinstance(error, UnsupportedError) or not isinstance(error, Exception):
+                raise
+            raise UnsupportedError(f"it could not be verified: {first_line(error)}") from error
+        drawn.restore()
+
+    def _compare(self, weights: torch.Tensor, losses: Losses) -> None:
+        """Compares outputs and gradients with the model's own, which ends the pass.
 
         The reference is the model's forward pass on the picks, as two passes would make it; on all samples where it
         draws random numbers, which would be others on the picks alone, or where batch normalisation mixes samples.
@@ -237,11 +280,12 @@ class SinglePass:
         with self.precision(), torch.enable_grad():
             found = gradients(self._pass.rows(self._picks))
             self._pass = None  # The activations of two forward passes need not be held at once.
-            self._restore()
+            self._rewind()
             with picks_normalised_by_all(self.model, self._picks) as mixed:
                 alone = not mixed and not graphs.random
                 reference = self.model(self._inputs(self._picked if alone else self._batch))
-            own = [leaf.detach() for leaf in tree_flatten(reference)[0] if isinstance(leaf, torch.Tensor)]
+            own = [leaf for leaf in tree_flatten(reference)[0] if isinstance(leaf, torch.Tensor)]
+            own = [leaf.detach() for leaf in {id(leaf): leaf for leaf in own}.values()]
             if len(own) != len(captured):
                 raise UnsupportedError("the model itself returns other tensors than when it is captured")
             if alone:
@@ -252,13 +296,11 @@ class SinglePass:
             del reference, own
             if self._adds_loss:
                 self._check_loss(outputs)
-        self._restore()
-        self._pass = self._capture()
 
     @torch.no_grad()
     def _check_loss(self, outputs: Any) -> None:
         """Compares the loss that is put into the outputs with the model's own."""
-        self._restore()
+        self._rewind()
         whole, completed = self.model(self._batch), self._completed(outputs, self._batch)
         key = "loss" if isinstance(whole, MutableMapping) else 0
         check_outputs([completed[key]], [whole[key]])

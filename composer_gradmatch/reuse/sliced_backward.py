@@ -7,10 +7,12 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import sympy
 import torch
 from torch import fx
+from torch._C._autograd import _get_current_graph_task_keep_graph
 from torch.autograd.function import once_differentiable
 
 from composer_gradmatch.reuse.layout import Layout, Sizes, at, determine_layouts, is_random
@@ -53,8 +55,8 @@ class Graphs:
         }
         #: Whether the forward pass draws random numbers.
         self.random = any(node.op == "call_function" and is_random(node) for node in forward.graph.nodes)
-        #: Whether the gradients were found to be right.
-        self.verified = False
+        #: The steps that they have served, and the one whose gradients are to be verified: the 1st, 10th, 100th...
+        self.steps, self.verified_at = 0, 1
         #: Which of the outputs that have gradients is the watched layer's.
         self.layer_output: int | None = None
         self.layouts: dict[fx.Node, Layout | None] | None = None
@@ -168,6 +170,11 @@ class Run:
         self._differentiable: list[int] = []
         #: Whether the saved tensors are gone.
         self.spent = False
+        #: How many picks there are, if that is known.
+        self.num_picks: int | None = None
+        self._over: set[int] = set()
+        #: What autograd holds of the picks' graphs whose backward pass may be to come.
+        self.open: WeakSet[Any] = WeakSet()
 
     def name_outputs(self, positions: list[int], with_gradient: list[int]) -> None:
         """Says which outputs of the graph are the model's, and prepares the sliced backward graph.
@@ -196,37 +203,63 @@ class Run:
         """The outputs and the saved tensors."""
         return [*self.outputs, *(value for value in self.saved if isinstance(value, torch.Tensor))]
 
-    def take(self, rows: torch.Tensor, last: bool = False) -> list[torch.Tensor]:
+    def take(self, rows: torch.Tensor, picks: Sequence[int] = ()) -> list[torch.Tensor]:
         """The samples ``rows``, int64, shape (m,), of the model's outputs; those that have one with a graph.
 
-        The backward pass of the ``last`` ones lets go of the saved tensors on its way.
+        Args:
+            rows (torch.Tensor): The samples.
+            picks (Sequence[int], optional): Which of the picks they are, by whose backward pass it is told when all
+                are over. Default: ``()``.
         """
-        graphed: Any = _SlicedBackward.apply(self, rows, last, *self.parameters)
+        graphed: Any = _SlicedBackward.apply(self, rows, picks, *self.parameters)
         taken = dict(zip(self._differentiable, graphed, strict=True))
         return [taken[i] if i in taken else output.index_select(0, rows) for i, output in enumerate(self.outputs)]
 
-    def backward(self, rows: torch.Tensor, tangents: Sequence[torch.Tensor], last: bool) -> list[torch.Tensor | None]:
-        """The parameters' gradients, in their order, of the samples ``rows`` by the gradients of their outputs."""
+    def backward(self, graph: Any, rows: torch.Tensor, tangents: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        """The parameters' gradients, in their order, of the samples ``rows`` by the gradients of their outputs.
+
+        ``graph`` is what autograd calls this from. The last backward pass of the picks, unless it keeps its graph,
+        lets go of the saved tensors on its way.
+        """
         graphs = self.graphs
         assert graphs.sliced is not None
+        last = self._is_over(graph)
+        self.spent |= last
         tangents = [tangent.contiguous() for tangent in tangents]
         sizes = graphs.saved_sizes(len(rows), self._sizes)
-        self.spent |= last
         gradients = graphs.sliced(*sizes, *tangents, _Saved(self.saved, last), rows, self._sizes)
+        if last:
+            self.saved = []
         return [gradients[i] for i in self._places]
+
+    def _is_over(self, graph: Any) -> bool:
+        """Whether no other backward pass of the picks is to come when this one is over."""
+        if _get_current_graph_task_keep_graph():
+            return False
+        self.open.discard(graph)
+        picks = set(graph.picks)
+        # Picks that come again are made anew, in smaller microbatches, because memory ran out.
+        self._over = picks if picks & self._over else self._over | picks
+        return len(self._over) == self.num_picks and not self.open
 
 
 class _SlicedBackward(torch.autograd.Function):
     """The picked rows of the outputs of a forward pass that is over, as a function of the parameters."""
 
     @staticmethod
-    def forward(ctx: Any, run: Run, rows: torch.Tensor, last: bool, *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.run, ctx.rows, ctx.last = run, rows, last
+    def forward(
+        ctx: Any, run: Run, rows: torch.Tensor, picks: Sequence[int], *_: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(rows)
+        ctx.run, ctx.picks = run, picks
+        run.open.add(ctx)
         return tuple(run.outputs[i].index_select(0, rows) for i in run._differentiable)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *tangents: torch.Tensor) -> tuple[Any, ...]:
-        gradients = ctx.run.backward(ctx.rows, tangents, ctx.last)
-        ctx.run = None
+        (rows,) = ctx.saved_tensors  # Which says so if the graph is gone.
+        gradients = ctx.run.backward(ctx, rows, tangents)
+        if not _get_current_graph_task_keep_graph():
+            ctx.run = None
         return None, None, None, *gradients

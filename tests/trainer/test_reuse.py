@@ -25,6 +25,7 @@ from composer import Callback, DataSpec, Trainer
 from composer.algorithms import SAM, GradientClipping, LabelSmoothing, MixUp
 from composer.core import Event
 from composer.loggers import InMemoryLogger
+from composer.models import ComposerClassifier
 from oracles import weighted_gradient
 from text_cases import CAUSAL_LM, CLASSIFICATION, TEXT_CASES, TOKENS, TextCase, _bert_config, _classes
 from torch import nn
@@ -32,6 +33,7 @@ from transformers import BertForSequenceClassification
 
 from composer_gradmatch import GradMatch, LossBackprop, select_first
 from composer_gradmatch.benchmarks.peak import PeakMemory
+from composer_gradmatch.reuse.unsupported import UnsupportedError
 
 M, KEEP, LR = 23, 0.4, 0.1
 
@@ -326,6 +328,169 @@ def test_when_all_picks_are_served_the_activations_are_gone_and_the_model_is_its
     assert max(again.differences) < 1e-5
 
 
+class Probing(Callback):
+    """Asks for the loss's gradient before the Trainer does, and for it of the microbatch's outputs anew."""
+
+    def __init__(self):
+        self.norms = []
+
+    def before_backward(self, state, logger):
+        parameters = list(state.model.parameters())
+        grads = torch.autograd.grad(state.loss, parameters, retain_graph=True)
+        self.norms.append(float(torch.stack([grad.norm() for grad in grads]).norm()))
+        state.model(state.batch)
+
+
+@pytest.mark.parametrize("microbatch_size", [4, M])
+def test_a_callback_may_ask_for_gradients_before_the_trainer(microbatch_size, served):
+    models, probes = [], []
+    for reuse in (False, True):
+        model, probe = BATCHNORM.model(), Probing()
+        train = loader(BATCHNORM.data(M), M)
+        trained(model, train, [always(reuse=reuse)], callbacks=[probe], device_train_microbatch_size=microbatch_size)
+        models.append(model)
+        probes.append(probe)
+    sizes = [4, 4, 1] if microbatch_size == 4 else [9]
+    assert served == [size for size in sizes for _ in range(2)]
+    assert len(probes[1].norms) == len(sizes)
+    assert all(norm > 0 for norm in probes[1].norms)
+
+
+def test_a_loss_that_runs_the_model_again(served):
+    class Consistent(ComposerClassifier):
+        def loss(self, outputs, batch, *args, **kwargs):
+            again = self(batch).square().mean(1)
+            each = kwargs.get("reduction") == "none"
+            return super().loss(outputs, batch, *args, **kwargs) + (again if each else again.mean())
+
+    models = []
+    for reuse in (False, True):
+        model = CONV.model()
+        model.__class__ = Consistent
+        torch.manual_seed(0)
+        algorithm = always(LossBackprop, reuse=reuse)
+        trained(model, loader(CONV.data(M), M), [algorithm], device_train_microbatch_size=5, seed=3)
+        models.append(model)
+    assert served == [5, 5, 4, 4]
+    assert_same_parameters(*models)
+
+
+def test_running_out_of_memory_in_a_microbatch_makes_no_other_forward_pass(served):
+    """Composer's automatic microbatches: the second one fails, and all are made again, smaller."""
+    model, expected = BATCHNORM.model(), BATCHNORM.model().module
+    dataset = BATCHNORM.data(M)
+    failures = iter([False, True])
+
+    class Fails(Callback):
+        def after_backward(self, state, logger):
+            if next(failures, False):
+                raise RuntimeError("CUDA out of memory.")
+
+    trainer = make_trainer(
+        model, loader(dataset, M), [always()], lr=LR, algorithm_passes=[select_first], callbacks=[Fails()]
+    )
+    trainer.state.device_train_microbatch_size, trainer.state.auto_microbatching = 4, True
+    with pytest.warns(RuntimeWarning, match="will be decreased from 4 -> 2"):
+        trainer.fit()
+    assert served == [4, 4, 2, 2, 2, 2, 1]
+    expected(dataset.tensors[0])
+    for found, other in zip(model.module.buffers(), expected.buffers(), strict=True):
+        torch.testing.assert_close(found, other)
+
+
+def test_a_model_that_returns_a_tensor_twice(served):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(12, 16), nn.Linear(16, 5)
+
+        def forward(self, inputs):
+            outputs = self.head(self.body(inputs).relu())
+            return {"logits": outputs, "again": outputs}
+
+    class Both(ComposerClassifier):
+        def loss(self, outputs, batch, *args, **kwargs):
+            return super().loss((outputs["logits"] + outputs["again"]) / 2, batch, *args, **kwargs)
+
+        def update_metric(self, batch, outputs, metric):
+            metric.update(outputs["logits"], batch[1])
+
+    models = []
+    for reuse in (False, True):
+        torch.manual_seed(0)
+        model = Both(Twice(), num_classes=5)
+        trained(model, loader(MLP.data(M), M), [always(reuse=reuse)])
+        models.append(model)
+    assert served == [9]
+    assert_same_parameters(*models)
+
+
+def test_an_error_while_verifying_is_no_error_of_the_run(monkeypatch, served):
+    def broken(*_):
+        raise TypeError("unheard of")
+
+    monkeypatch.setattr("composer_gradmatch.reuse.single_pass.check_gradients", broken)
+    models = [CONV.model(), CONV.model()]
+    trained(models[0], loader(CONV.data(M), M), [always(reuse=False)], max_duration="2ba")
+    with pytest.warns(UserWarning, match="could not be verified: TypeError: unheard of"):
+        trained(models[1], loader(CONV.data(M), M), [always()], max_duration="2ba")
+    assert not served
+    assert_same_parameters(*models, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_draws_of_the_selection_are_not_repeated_after_a_verification(broken, monkeypatch):
+    """Steps 1 and 10 are verified; of a model without dropout nothing else draws."""
+    if broken:
+        monkeypatch.setattr("composer_gradmatch.reuse.single_pass.check_outputs", lambda *_: 1 / 0)
+    picks = []
+    for reuse in (False, True):
+        algorithm = always(LossBackprop, reuse=reuse, beta=0.0)
+        seen = record_selections(algorithm)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "LossBackprop: the activations")
+            trained(MLP.model(), loader(MLP.data(M), M), [algorithm], max_duration="11ba", seed=3)
+        picks.append([selection.indices.tolist() for _, selection in seen])
+    assert len({tuple(sorted(each)) for each in picks[1]}) > 5
+    assert picks[0] == picks[1]
+
+
+def test_an_error_within_a_step_leaves_a_model_that_others_can_train(served):
+    class Fails(Callback):
+        def before_backward(self, state, logger):
+            raise KeyError("of the user's own")
+
+    model = CONV.model()
+    algorithm = always()
+    with pytest.raises(KeyError):
+        trained(model, loader(CONV.data(M), M), [algorithm], callbacks=[Fails()])
+    assert algorithm._single_pass.installed
+    del served[:]
+    trained(model, loader(CONV.data(M), M), [always(reuse=False)])
+    assert not served
+    assert algorithm._single_pass._pass is None
+    copy.deepcopy(model)
+
+
+def test_gradients_are_verified_again_and_the_run_goes_on_in_two_passes(monkeypatch, served):
+    """As where samples are mixed only once some value has grown, which nothing shows before."""
+    from composer_gradmatch.reuse import single_pass
+
+    steps, original = [], single_pass.check_gradients
+
+    def check(*args):
+        steps.append(len(served))
+        original(*args)
+        if len(steps) == 2:
+            raise UnsupportedError("grown")
+
+    monkeypatch.setattr(single_pass, "check_gradients", check)
+    with pytest.warns(UserWarning, match="two forward passes are made: grown"):
+        trained(MLP.model(), loader(MLP.data(M), M), [always()], max_duration="12ba")
+    assert steps == [0, 9]
+    assert served == [9] * 9
+
+
 def test_nothing_stays_behind():
     model = MLP.model()
     algorithm = always()
@@ -344,12 +509,22 @@ def test_a_selection_pass_of_its_own_is_refused(kwargs):
         always(**kwargs)
 
 
-def test_a_minibatch_that_shows_nothing_is_trained_in_two_passes_and_the_next_in_one(served):
+def dead(inputs):
+    """Nothing gets through the ReLU: all gradients are zero."""
+    return -inputs.abs()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"), [(torch.zeros_like, "alike"), (dead, "the gradients .* not finite, or zero")]
+)
+def test_a_minibatch_that_shows_nothing_is_trained_in_two_passes_and_the_next_in_one(spoil, why, served):
     layers = [nn.Linear(12, 16, bias=False), nn.ReLU(), nn.Linear(16, 5, bias=False)]
+    with torch.no_grad():
+        layers[0].weight.abs_()
     case = Case("unbiased", lambda: nn.Sequential(*layers), "2", (12,))
     dataset = case.data(2 * M)
-    dataset.tensors[0][:M] = 0
-    with pytest.warns(UserWarning, match="until one can be verified: the gradients .* not finite, or zero") as caught:
+    dataset.tensors[0][:M] = spoil(dataset.tensors[0][:M])
+    with pytest.warns(UserWarning, match=f"until one can be verified: .*{why}") as caught:
         trained(case.model(), loader(dataset, M), [always(LossBackprop)], max_duration="2ba")
     assert not any("cannot be used" in str(each.message) for each in caught)
     assert served == [int(KEEP * M)]
@@ -373,7 +548,7 @@ def test_the_step_that_verifies_does_not_hold_two_passes_activations():
     layers = [layer for _ in range(6) for layer in (nn.Linear(64, 64), nn.Tanh(), nn.Dropout(0.2))]
     case = Case("deep", lambda: nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 64, 5)), "19", (64, 64))
     peaks = PeakOfStep()
-    activations = 6 * 2.25 * M * 64 * 64 * 4
-    trained(case.model(), loader(case.data(M), M), [always()], max_duration="2ep", callbacks=[peaks])
+    activations = 6 * 2.25 * 2 * M * 64 * 64 * 4
+    trained(case.model(), loader(case.data(2 * M), 2 * M), [always()], max_duration="2ep", callbacks=[peaks])
     assert peaks.peaks[1] > activations
     assert peaks.peaks[0] < 1.5 * peaks.peaks[1]
