@@ -192,6 +192,8 @@ class TwoPassBackprop(SubsetBackprop):
 
         try:
             single.serve(selection.indices, state.batch, selection.weights, losses)
+            for failure in single.compile_failures:
+                self._warn_once(f"Inductor cannot compile the reused pass, which runs uncompiled: {failure}.")
         except UndecidedError as error:
             self._make_two_passes_now(error)
         except UnsupportedError as error:

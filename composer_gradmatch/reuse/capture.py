@@ -61,6 +61,7 @@ class Pass:
 class _Recording:
     """What happens inside a compiled call: its backend keeps this, and nothing that keeps the compiled function."""
 
+    compiled: bool
     num_samples: int = 0
     run: Run | None = None
     results: Sequence[Any] = ()
@@ -76,11 +77,12 @@ class CapturedForward:
     Args:
         forward (Callable): The model's forward, called on a batch.
         layer (nn.Module, optional): The layer whose inputs are watched. Default: ``None``.
+        compiled (bool, optional): Whether the graphs are compiled by Inductor. Default: ``False``.
     """
 
-    def __init__(self, forward: Callable[[Any], Any], layer: nn.Module | None = None) -> None:
+    def __init__(self, forward: Callable[[Any], Any], layer: nn.Module | None = None, compiled: bool = False) -> None:
         self._layer, self._forward = layer, forward
-        self._recording = _Recording()
+        self._recording = _Recording(compiled)
         self._seen: list[torch.Tensor] = []
         #: Whether other sizes than the number of samples may be symbols, and whether any was in the last call.
         self.varying, self.varies = True, False
@@ -100,12 +102,12 @@ class CapturedForward:
             seen.clear()
             return forward(batch), list(seen)
 
-        # Dynamo keeps what it has compiled by code object, which all functions made here would share.
+        # Dynamo keeps and counts what it has compiled by code object, which all functions made here would share.
         own = FunctionType(
             traced.__code__.replace(), traced.__globals__, traced.__name__, traced.__defaults__, traced.__closure__
         )
         # Dynamo would keep it, and all backends, for good.
-        weakref.finalize(self, remove_from_cache, own.__code__)
+        weakref.finalize(self, remove_from_cache, own.__code__).atexit = False
         return torch.compile(own, backend=partial(_backend, self._recording), fullgraph=True)
 
     def __call__(self, batch: Any, num_samples: int) -> Pass:
@@ -200,6 +202,8 @@ class CapturedForward:
 
 def _backend(recording: _Recording, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """Dynamo's backend: partitions the graph, and runs its forward part under record."""
+    if graph.graph.find_nodes(op="call_method", target="item"):
+        raise UnsupportedError("its forward pass reads a number that changes between steps: hold it in a buffer")
     batch = _batch_symbol(graph, recording.num_samples)
     num_results = _copy_outputs(graph)
     graphs: list[Graphs] = []
@@ -208,14 +212,16 @@ def _backend(recording: _Recording, graph: fx.GraphModule, example_inputs: Seque
         joint: fx.GraphModule, inputs: Sequence[Any], *, num_fwd_outputs: int, **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         forward, backward = default_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
-        graphs.append(Graphs(forward, backward, batch, num_fwd_outputs, num_fwd_outputs - num_results))
+        num_mutated = num_fwd_outputs - num_results
+        graphs.append(Graphs(forward, backward, batch, num_fwd_outputs, num_mutated, recording.compiled))
         return forward, backward
 
     def compile_forward(module: fx.GraphModule, _: Any) -> Callable[[list[Any]], Any]:
         def run(args: list[Any]) -> Any:
-            outputs = module(*args)
-            if graphs:
-                recording.run = Run(graphs[-1], list(args), list(outputs))
+            if not graphs:
+                return module(*args)
+            outputs = graphs[-1].run_forward(*args)
+            recording.run = Run(graphs[-1], list(args), list(outputs))
             args.clear()
             return outputs
 

@@ -41,7 +41,12 @@ class SinglePass:
         self.model, self.precision, self.layer = model, precision, layer
         #: A HuggingFace model computes a loss in its forward pass, which is no sample's: it is added afterwards.
         self._adds_loss = takes_loss_from_logits(model)
-        self._captured_forward = CapturedForward(model.forward, layer)
+        forward: Any = model.forward
+        compiler_config = getattr(forward, "get_compiler_config", None)
+        #: The model's forward before it was compiled, by Inductor or another backend; None where it was not.
+        self._uncompiled: Callable[[Any], Any] | None = getattr(forward, "_torchdynamo_orig_callable", None)
+        by_inductor = compiler_config is not None and compiler_config() is not None
+        self._captured_forward = CapturedForward(self._uncompiled or forward, layer, by_inductor)
         self._pass: Pass | None = None
         self._restore_buffers: Callable[[], None] = lambda: None
         #: The generators before and after the forward pass.
@@ -139,6 +144,11 @@ class SinglePass:
         self._own_forward, self._instances_forward = self.model.forward, vars(self.model).get("forward")
         self.model.forward = self._serve  # type: ignore[method-assign]
         self.installed = True
+
+    @property
+    def compile_failures(self) -> list[str]:
+        """Why the pass's graphs run uncompiled, if the model is compiled and they could not be."""
+        return [] if self._pass is None else self._pass.run.graphs.compile_failures()
 
     @property
     def missed(self) -> str | None:
@@ -283,7 +293,7 @@ class SinglePass:
             self._rewind()
             with picks_normalised_by_all(self.model, self._picks) as mixed:
                 alone = not mixed and not graphs.random
-                reference = self.model(self._inputs(self._picked if alone else self._batch))
+                reference = self._own(self._inputs(self._picked if alone else self._batch))
             own = [leaf for leaf in tree_flatten(reference)[0] if isinstance(leaf, torch.Tensor)]
             own = [leaf.detach() for leaf in {id(leaf): leaf for leaf in own}.values()]
             if len(own) != len(captured):
@@ -297,11 +307,15 @@ class SinglePass:
             if self._adds_loss:
                 self._check_loss(outputs)
 
+    def _own(self, batch: Any) -> Any:
+        """What the model returns, uncompiled: Inductor draws other random numbers."""
+        return self.model(batch) if self._uncompiled is None else self._uncompiled(batch)
+
     @torch.no_grad()
     def _check_loss(self, outputs: Any) -> None:
         """Compares the loss that is put into the outputs with the model's own."""
         self._rewind()
-        whole, completed = self.model(self._batch), self._completed(outputs, self._batch)
+        whole, completed = self._own(self._batch), self._completed(outputs, self._batch)
         key = "loss" if isinstance(whole, MutableMapping) else 0
         check_outputs([completed[key]], [whole[key]])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -15,6 +15,7 @@ from torch import fx
 from torch._C._autograd import _get_current_graph_task_keep_graph
 from torch.autograd.function import once_differentiable
 
+from composer_gradmatch.reuse.inductor import InductorGraph
 from composer_gradmatch.reuse.layout import Layout, Sizes, at, determine_layouts, is_random
 from composer_gradmatch.reuse.unsupported import UnsupportedError
 
@@ -31,12 +32,22 @@ class Graphs:
         batch (sympy.Symbol): The number of samples.
         num_outputs (int): Outputs in all.
         num_mutated (int): How many of them, the first, are new contents of buffers.
+        compiled (bool, optional): Whether to compile both. Default: ``False``.
     """
 
     def __init__(
-        self, forward: fx.GraphModule, backward: fx.GraphModule, batch: sympy.Symbol, num_outputs: int, num_mutated: int
+        self,
+        forward: fx.GraphModule,
+        backward: fx.GraphModule,
+        batch: sympy.Symbol,
+        num_outputs: int,
+        num_mutated: int,
+        compiled: bool = False,
     ) -> None:
         self.forward, self.backward, self.batch = forward, backward, batch
+        self._compiled = [InductorGraph(forward)] if compiled else []
+        #: What runs the forward graph.
+        self.run_forward: Callable[..., Any] = self._compiled[0] if compiled else forward
         self.num_outputs, self.num_mutated = num_outputs, num_mutated
         ends: Any = forward.graph.output_node().args[0]
         self.outputs: list[Any] = list(ends[num_mutated:num_outputs])
@@ -59,8 +70,10 @@ class Graphs:
         self.steps, self.verified_at = 0, 1
         #: Which of the outputs that have gradients is the watched layer's.
         self.layer_output: int | None = None
+        #: Runs the backward pass of some samples, once :meth:`prepare` has made it. It takes the saved sizes, the
+        #: outputs' gradients, the saved tensors, the rows and the other sizes.
+        self.sliced: Callable[..., Any] | None = None
         self.layouts: dict[fx.Node, Layout | None] | None = None
-        self.sliced: fx.GraphModule | None = None
 
     def prepare(self, args: Sequence[Any]) -> None:
         """Determines the layouts on what the forward graph was called with, and makes the sliced backward graph.
@@ -76,36 +89,30 @@ class Graphs:
         # New running statistics, which batch_norm's backward takes and does not read, belong to no sample.
         wanted -= self.buffers
         self.layouts = determine_layouts(self.forward, args, self.batch, wanted.__contains__, self.other_sizes(args))
-        self.sliced = self._slice_saved(self.layouts)
+        backward = self._without_dead_nodes()
+        used = [bool(node.users) for node in backward.graph.find_nodes(op="placeholder")][len(self.sizes) :]
+        slices = [_Slice(i, self.layouts.get(node)) if used[i] else None for i, node in enumerate(self.saved)]
+        if self._compiled:
+            self._compiled.append(InductorGraph(backward))
+            self.sliced = _CompiledBackward(self._compiled[1], len(self.sizes), slices)
+        else:
+            self.sliced = _insert_slices(backward, len(self.sizes), slices)
 
-    def _slice_saved(self, layouts: dict[fx.Node, Layout | None]) -> fx.GraphModule:
-        """The backward graph, with each saved tensor sliced just before it is first used.
-
-        It takes the saved sizes, the outputs' gradients, the saved tensors, the rows and the other sizes.
-        """
+    def _without_dead_nodes(self) -> fx.GraphModule:
+        """The backward graph without what the partitioner leaves in it: what drew the forward pass's random numbers."""
         module = copy.deepcopy(self.backward)
-        graph = module.graph
-        for node in reversed(list(graph.nodes)):
-            # The partitioner leaves in the backward graph what drew the forward pass's random numbers.
+        for node in reversed(list(module.graph.nodes)):
             if node.op == "call_function" and not node.users and not _changes_something(node):
-                graph.erase_node(node)
-        for node in graph.nodes:
+                module.graph.erase_node(node)
+        for node in module.graph.nodes:
             if node.op == "call_function" and is_random(node):
                 raise UnsupportedError(f"its backward pass draws random numbers ({node.target})")
-        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-        order = {node: i for i, node in enumerate(graph.nodes)}
-        with graph.inserting_before(placeholders[-1].next):
-            saved, rows, sizes = map(graph.placeholder, ("saved", "picked_rows", "other_sizes"))
-        placeholders = placeholders[len(self.sizes) : len(self.sizes) + len(self.saved)]
-        for i, (node, source) in enumerate(zip(placeholders, self.saved, strict=True)):
-            if node.users:
-                with graph.inserting_before(min(node.users, key=order.__getitem__)):
-                    taken = graph.call_function(_Slice(i, layouts.get(source)).take, (saved, rows, sizes))
-                node.replace_all_uses_with(taken)
-            graph.erase_node(node)
-        graph.lint()
         module.recompile()
         return module
+
+    def compile_failures(self) -> list[str]:
+        """Why graphs that were to be compiled run uncompiled, as far as they have run."""
+        return [graph.failure for graph in self._compiled if graph.failure is not None]
 
     def other_sizes(self, args: Sequence[Any]) -> Sizes:
         """The sizes that vary, beside the number of samples, in what the forward graph was called with."""
@@ -137,6 +144,37 @@ class _Slice:
         if saved.last:
             saved.tensors[self.index] = None
         return tensor if self.layout is None else self.layout.take(tensor, rows, sizes)
+
+
+def _insert_slices(module: fx.GraphModule, num_sizes: int, slices: Sequence[_Slice | None]) -> fx.GraphModule:
+    """Slices each saved tensor just before a backward graph first uses it."""
+    graph = module.graph
+    placeholders = graph.find_nodes(op="placeholder")
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    with graph.inserting_before(placeholders[-1].next):
+        saved, rows, sizes = map(graph.placeholder, ("saved", "picked_rows", "other_sizes"))
+    for node, each in zip(placeholders[num_sizes : num_sizes + len(slices)], slices, strict=True):
+        if each is not None:
+            with graph.inserting_before(min(node.users, key=order.__getitem__)):
+                taken = graph.call_function(each.take, (saved, rows, sizes))
+            node.replace_all_uses_with(taken)
+        graph.erase_node(node)
+    graph.lint()
+    module.recompile()
+    return module
+
+
+class _CompiledBackward:
+    """Slices all saved tensors, and then runs the compiled backward graph."""
+
+    def __init__(self, graph: InductorGraph, num_sizes: int, slices: Sequence[_Slice | None]) -> None:
+        self._graph, self._num_sizes, self._slices = graph, num_sizes, slices
+
+    def __call__(self, *args: Any) -> Any:
+        *given, saved, rows, others = args
+        sizes, tangents = given[: self._num_sizes], given[self._num_sizes :]
+        taken = [None if each is None else each.take(saved, rows, others) for each in self._slices]
+        return self._graph(*sizes, *taken, *tangents)
 
 
 def _changes_something(node: fx.Node) -> bool:

@@ -1,0 +1,48 @@
+"""Graphs compiled by Inductor, for models that are trained compiled."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.eval_frame import remove_from_cache
+from torch._dynamo.exc import TorchDynamoException
+
+__all__ = ["InductorGraph"]
+
+
+class InductorGraph:
+    """A graph of AOTAutograd that is compiled when it is first called; if it cannot be, it runs as it is.
+
+    It draws the random numbers that the graph as it is would draw.
+
+    Args:
+        module (fx.GraphModule): The graph.
+    """
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self._module = module
+        # Of a module itself, Dynamo counts what it has compiled together with that of all others.
+        self._compiled: Callable[..., Any] = torch.compile(module.forward, options={"fallback_random": True})
+        #: Why it could not be compiled, once that is known.
+        self.failure: str | None = None
+        weakref.finalize(self, remove_from_cache, module.forward.__code__).atexit = False
+
+    @torch.no_grad()
+    def __call__(self, *args: Any) -> Any:
+        """What the graph returns for the arguments."""
+        if self.failure is not None:
+            return self._module(*args)
+        # Without the marks of sizes that vary, which are for the capture.
+        detached = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
+        try:
+            with torch._dynamo.config.patch(automatic_dynamic_shapes=True):
+                return self._compiled(*detached)
+        except TorchDynamoException as error:
+            inner = getattr(error, "inner_exception", error)
+            lines = str(inner).strip().splitlines()
+            self.failure = f"{type(inner).__name__}: {lines[0] if lines else ''}"
+            return self._module(*args)
