@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch._functorch.config
 from composer.algorithms import LabelSmoothing
 from composer.core import Algorithm, Event, Precision, State
 from composer.loggers import Logger
@@ -290,9 +291,15 @@ class GradMatch(TwoPassBackprop):
         return take_samples(state.batch, slice(few), num_samples), few
 
     def _rehearse(self, state: State, num_samples: int, num_picks: int) -> None:
-        """Also shows that the weighted loss is the model's own one, its samples weighted."""
+        """Also selects, and compares the weighted loss with the model's own."""
         super()._rehearse(state, num_samples, num_picks)
-        self._match(state, num_samples, num_picks)
+        # A compiled model's graph could otherwise not be kept for the second backward pass of the comparison.
+        with torch._functorch.config.patch(donated_buffer=False):
+            self._match(state, num_samples, num_picks)
+            self._compare_losses(state)
+
+    def _compare_losses(self, state: State) -> None:
+        """Shows that the weighted loss is the model's own one, its samples weighted."""
         model = unwrap(state.model)
         batch, n = self._few(state)
         with OutputLayerTap(self._output_layer(state)).open() as tap:

@@ -546,6 +546,17 @@ def test_a_model_that_is_compiled(case, backend, served, monkeypatch):
     assert not any(graph.failure for graph in called)
 
 
+@pytest.mark.parametrize("reuse", [False, True])
+def test_a_huggingface_model_that_is_compiled(reuse, served):
+    models = []
+    for config in (None, {"backend": "aot_eager"}):
+        model = CLASSIFICATION.model()
+        trained(model, loader(CLASSIFICATION.data(M), M), [always(reuse=reuse)], compile_config=config)
+        models.append(model)
+    assert served == [9, 9] * reuse
+    assert_same_parameters(*models)
+
+
 def test_a_graph_that_inductor_cannot_compile_runs_as_it_is(served, monkeypatch):
     def fails(*_):
         raise ValueError("no such device")
