@@ -136,7 +136,7 @@ class SinglePass:
         graphs = self._pass.run.graphs
         if graphs.steps + 1 >= graphs.verified_at:
             self._verify(torch.ones(len(picks)) if weights is None else weights, losses)
-            graphs.verified_at *= 10
+            graphs.verified()
         graphs.steps += 1
         self._pass.run.num_picks = len(picks)
         self._versions = [leaf._version for leaf in tensor_leaves(picked)]

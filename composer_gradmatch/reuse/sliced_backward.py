@@ -21,6 +21,9 @@ from composer_gradmatch.reuse.unsupported import UnsupportedError
 
 __all__ = ["Graphs", "Run"]
 
+#: The step whose gradients are verified again; the next are ten times as far apart.
+FIRST_REVERIFICATION = 100
+
 
 class Graphs:
     """A forward and a backward graph of AOTAutograd, and the backward graph of picked samples made of them.
@@ -66,7 +69,7 @@ class Graphs:
         }
         #: Whether the forward pass draws random numbers.
         self.random = any(node.op == "call_function" and is_random(node) for node in forward.graph.nodes)
-        #: The steps that they have served, and the one whose gradients are to be verified: the 1st, 10th, 100th...
+        #: The steps that they have served, and the one whose gradients are to be verified next.
         self.steps, self.verified_at = 0, 1
         #: Which of the outputs that have gradients is the watched layer's.
         self.layer_output: int | None = None
@@ -109,6 +112,10 @@ class Graphs:
                 raise UnsupportedError(f"its backward pass draws random numbers ({node.target})")
         module.recompile()
         return module
+
+    def verified(self) -> None:
+        """Sets when gradients are to be verified next: at step 100, 1000, 10,000..."""
+        self.verified_at = max(FIRST_REVERIFICATION, 10 * self.verified_at)
 
     def compile_failures(self) -> list[str]:
         """Why graphs that were to be compiled run uncompiled, as far as they have run."""
