@@ -24,8 +24,9 @@ from composer_gradmatch.reuse.unsupported import UnsupportedError
 
 __all__ = ["CapturedForward", "Pass", "first_line"]
 
-#: How many shapes of batches a model is traced for before it is called unsupported.
-_CAPTURES = 64
+#: How often a model is captured before it is called unsupported: where sizes that vary are symbols, and where each is
+#: a constant.
+_CAPTURES, _CAPTURES_BY_SIZE = 16, 64
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,14 @@ class CapturedForward:
         recording = self._recording
         recording.run = None
         handle = None if self._layer is None else self._layer.register_forward_pre_hook(self._watch)
-        settings = {"automatic_dynamic_shapes": False, "recompile_limit": _CAPTURES, "assume_static_by_default": True}
+        limit = _CAPTURES if self.varying else _CAPTURES_BY_SIZE
+        settings = {
+            "automatic_dynamic_shapes": False,
+            "assume_static_by_default": True,
+            # Or another model's rate of dropout, earlier in the process, would make this one's a variable.
+            "specialize_float": True,
+            "cache_size_limit": limit,
+        }
         try:
             with torch.enable_grad(), warnings.catch_warnings(), torch._dynamo.config.patch(settings):
                 warnings.simplefilter("ignore")
@@ -143,6 +151,11 @@ class CapturedForward:
         except UnsupportedError:
             raise
         except Exception as error:
+            if "Limit" in type(error).__name__:
+                raise UnsupportedError(
+                    f"it would have to be captured more than {limit} times: sizes, or numbers that its forward pass "
+                    "reads, change between steps (a number that is held in a buffer may)"
+                ) from error
             inner = getattr(error, "inner_exception", error)  # Dynamo wraps what its backend raises.
             if isinstance(inner, UnsupportedError):
                 raise inner from None
@@ -202,8 +215,6 @@ class CapturedForward:
 
 def _backend(recording: _Recording, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """Dynamo's backend: partitions the graph, and runs its forward part under record."""
-    if graph.graph.find_nodes(op="call_method", target="item"):
-        raise UnsupportedError("its forward pass reads a number that changes between steps: hold it in a buffer")
     batch = _batch_symbol(graph, recording.num_samples)
     num_results = _copy_outputs(graph)
     graphs: list[Graphs] = []

@@ -223,6 +223,16 @@ def test_graphs_do_not_outlive_what_captured_them():
     assert graphs() is None
 
 
+def test_models_that_differ_in_a_number_are_captured_one_after_the_other():
+    for rate in (0.2, 0.3, 0.4):
+        model = nn.Sequential(nn.Linear(12, 16), nn.Dropout(rate), nn.Linear(16, CLASSES))
+        inputs = torch.randn(M, 12)
+        torch.manual_seed(1)
+        found = CapturedForward(model)(inputs, M).outputs
+        torch.manual_seed(1)
+        torch.testing.assert_close(found, model(inputs).detach())
+
+
 def test_the_graphs_serve_batches_of_any_size():
     model, inputs, targets = built("mlp")
     forward = CapturedForward(lambda batch: model(batch[0]))

@@ -578,7 +578,7 @@ def test_a_graph_that_inductor_cannot_compile_runs_as_it_is(served, monkeypatch)
     assert_same_parameters(*models)
 
 
-def test_a_number_that_changes_between_steps_falls_back():
+def test_a_number_that_changes_between_steps_falls_back(served):
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -592,8 +592,9 @@ def test_a_number_that_changes_between_steps_falls_back():
             state.model.module.scale *= 0.9
 
     case = Case("scaled", Scaled, "head", (12,))
-    with pytest.warns(UserWarning, match="reads a number that changes between steps"):
-        trained(case.model(), loader(case.data(M), M), [always()], max_duration="3ba", callbacks=[Schedule()])
+    with pytest.warns(UserWarning, match="captured more than 16 times: sizes, or numbers that its forward pass reads"):
+        trained(case.model(), loader(case.data(M), M), [always()], max_duration="18ba", callbacks=[Schedule()])
+    assert served == [9] * 16
 
 
 @pytest.mark.parametrize(
