@@ -65,8 +65,9 @@ class TwoPassBackprop(SubsetBackprop):
             ``None`` for the training step's. Default: ``None``.
         reuse_activations (bool, optional): Whether to make one forward pass instead of two: the selection pass is
             that of training, over the whole minibatch, and the backward pass takes the picks' part of what it saved.
-            Costs the memory of M samples' activations; verified whenever the model is captured, and where it cannot
-            be, or the gradients differ, two passes are made, with a warning. Default: ``False``.
+            Costs the memory of M samples' activations; verified whenever the model is captured and at steps 100,
+            1000, 10,000, and where it cannot be, or the gradients differ, two passes are made, with a warning.
+            Default: ``False``.
 
     Raises:
         ValueError: If a value is out of range, or ``reuse_activations`` goes with a selection pass of its own.
