@@ -136,7 +136,7 @@ class SinglePass:
         graphs = self._pass.run.graphs
         if graphs.steps + 1 >= graphs.verified_at:
             self._verify(torch.ones(len(picks)) if weights is None else weights, losses)
-            graphs.verified()
+            graphs.postpone_verification()
         graphs.steps += 1
         self._pass.run.num_picks = len(picks)
         self._versions = [leaf._version for leaf in tensor_leaves(picked)]
@@ -255,11 +255,14 @@ class SinglePass:
 
     def _verify(self, weights: torch.Tensor, losses: Losses) -> None:
         """Compares outputs and gradients with the model's own, and makes the pass once more."""
-        drawn = Generators.now()
+        assert self._pass is not None
+        drawn, graphs = Generators.now(), self._pass.run.graphs
         try:
             self._compare(weights, losses)
             self._rewind()
             self._pass = self._capture()
+            if self._pass.run.graphs is not graphs:
+                raise UnsupportedError("it is captured anew whenever it runs: it changes Python values that it reads")
         except BaseException as error:
             self.release()
             drawn.restore()

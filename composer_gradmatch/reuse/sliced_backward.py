@@ -82,7 +82,8 @@ class Graphs:
         """Determines the layouts on what the forward graph was called with, and makes the sliced backward graph.
 
         Raises:
-            UnsupportedError: If a layout cannot be told, or the backward pass draws random numbers.
+            UndecidedError: If all samples are alike.
+            UnsupportedError: If a layout cannot be told, samples are mixed, or the backward pass draws random numbers.
         """
         if self.sliced is not None:
             return
@@ -113,7 +114,7 @@ class Graphs:
         module.recompile()
         return module
 
-    def verified(self) -> None:
+    def postpone_verification(self) -> None:
         """Sets when gradients are to be verified next: at step 100, 1000, 10,000..."""
         self.verified_at = max(FIRST_REVERIFICATION, 10 * self.verified_at)
 

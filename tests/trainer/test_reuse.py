@@ -578,6 +578,22 @@ def test_a_graph_that_inductor_cannot_compile_runs_as_it_is(served, monkeypatch)
     assert_same_parameters(*models)
 
 
+def test_a_forward_pass_that_counts_itself_falls_back(served):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.calls = nn.Linear(12, 5), 0
+
+        def forward(self, inputs):
+            self.calls += 1
+            return self.head(inputs + 0 * self.calls)
+
+    case = Case("counting", Counting, "head", (12,))
+    with pytest.warns(UserWarning, match="captured anew whenever it runs"):
+        trained(case.model(), loader(case.data(M), M), [always(LossBackprop)])
+    assert not served
+
+
 def test_a_number_that_changes_between_steps_falls_back(served):
     class Scaled(nn.Module):
         def __init__(self):
