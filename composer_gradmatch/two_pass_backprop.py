@@ -163,6 +163,8 @@ class TwoPassBackprop(SubsetBackprop):
             model = unwrap(state.model)
             if needs_all_ranks(model):
                 raise UnsupportedError("its forward passes are ones of all ranks (FSDP, SyncBatchNorm)")
+            if any(algorithm.backwards_create_graph for algorithm in state.algorithms):
+                raise UnsupportedError("another algorithm wants the graph of the backward pass itself")
             if self._single_pass is None:
                 make = _import_single_pass()
                 self._single_pass = make(model, lambda: self._precision(state), self._watched_layer(state))

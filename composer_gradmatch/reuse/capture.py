@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from composer_gradmatch.batches import map_tensors
 from composer_gradmatch.reuse.sliced_backward import Graphs, Run
-from composer_gradmatch.reuse.unsupported import UnsupportedError
+from composer_gradmatch.reuse.unsupported import UnsupportedError, first_line
 
-__all__ = ["CapturedForward", "Pass", "first_line"]
+__all__ = ["CapturedForward", "Pass"]
 
 #: How often a model is captured before it is called unsupported: where sizes that vary are symbols, and where each is
 #: a constant.
@@ -142,12 +142,17 @@ class CapturedForward:
             "assume_static_by_default": True,
             # Or another model's rate of dropout, earlier in the process, would make this one's a variable.
             "specialize_float": True,
+            # Or a hook that comes later would be passed over.
+            "skip_nnmodule_hook_guards": False,
             "cache_size_limit": limit,
         }
         try:
             with torch.enable_grad(), warnings.catch_warnings(), torch._dynamo.config.patch(settings):
                 warnings.simplefilter("ignore")
                 outputs, seen = self._compiled(marked)
+            if recording.run is None:
+                raise UnsupportedError("its forward pass has no gradient")
+            return self._finish(outputs, seen, leaves)
         except UnsupportedError:
             raise
         except Exception as error:
@@ -166,9 +171,6 @@ class CapturedForward:
             if handle is not None:
                 handle.remove()
             self._seen.clear()
-        if recording.run is None:
-            raise UnsupportedError("its forward pass has no gradient")
-        return self._finish(outputs, seen, leaves)
 
     def _varying_sizes(self, leaves: list[torch.Tensor]) -> list[tuple[torch.Tensor, int]]:
         """The sizes, but the number of samples, that differ from those of an earlier batch."""
@@ -256,12 +258,6 @@ def _backend(recording: _Recording, graph: fx.GraphModule, example_inputs: Seque
         return results
 
     return call
-
-
-def first_line(error: BaseException) -> str:
-    """An error's type, and the first line of what it says."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def _batch_symbol(graph: fx.GraphModule, num_samples: int) -> sympy.Symbol:

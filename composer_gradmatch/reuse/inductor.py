@@ -11,6 +11,8 @@ from torch import fx
 from torch._dynamo.eval_frame import remove_from_cache
 from torch._dynamo.exc import TorchDynamoException
 
+from composer_gradmatch.reuse.unsupported import first_line
+
 __all__ = ["InductorGraph"]
 
 
@@ -43,6 +45,5 @@ class InductorGraph:
                 return self._compiled(*detached)
         except TorchDynamoException as error:
             inner = getattr(error, "inner_exception", error)
-            lines = str(inner).strip().splitlines()
-            self.failure = f"{type(inner).__name__}: {lines[0] if lines else ''}"
+            self.failure = first_line(inner)
             return self._module(*args)

@@ -2,12 +2,14 @@
 
 The symbolic shape says which dimension holds the samples, and how many elements k of it belong to one. Where k > 1
 it does not say in which order: a linear layer on (M, T, D) saves an (M·T, D) whose samples come first, one on
-(T, M, D) an (M·T, D) whose positions do. So the forward graph runs on a few samples, on a few others, and on both
-together, and the layout is the one in which the tensor of both together shows what each had alone.
+(T, M, D) an (M·T, D) whose positions do. So each operation of the forward graph runs on a few samples, on a few
+others, and on both together, and the layout is the one in which the tensor of both together shows what each had alone.
 
-Where no layout shows it, samples are mixed: that is asked of every tensor on the way, not of the last ones only, so
-that a mixing layer is found though a weight of zero hides it for now. The only one allowed is batch normalisation in
-training, which is given the statistics of both together throughout: its backward pass has a formula of its own.
+Where no layout shows it, samples are mixed. That is asked of every operation on the way, not of the last ones only, and
+with parameters a little away from their own, so that a mixing layer is found though weights of zero hide it for now.
+Each operation is given the same samples in all three cases, so that rounding does not add up. The only mixing layer
+allowed is batch normalisation in training, whose statistics are those of both together: its backward pass has a
+formula of its own.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ import sympy
 import torch
 from torch import fx
 
-from composer_gradmatch.reuse.unsupported import UndecidedError, UnsupportedError
+from composer_gradmatch.reuse.unsupported import UndecidedError, UnsupportedError, first_line
 
-__all__ = ["Layout", "Sizes", "at", "determine_layouts", "is_random"]
+__all__ = ["Layout", "Sizes", "at", "depend_on", "determine_layouts", "is_random"]
 
 #: Symbols of sizes, and what they are in a batch.
 Sizes = tuple[tuple[sympy.Symbol, int], ...]
@@ -41,14 +43,19 @@ class Layout:
         dim (int): The dimension.
         outer (sympy.Expr): How many blocks of M samples there are; varies with other sizes than M. Default: ``1``.
         inner (sympy.Expr): How many neighbours belong to one sample. Default: ``1``.
+        counted (bool): Whether it shows how many samples there are and nothing of any (their indices, zeros): what m
+            samples have is what the first m have, whichever they are. Default: ``False``.
     """
 
     dim: int
     outer: sympy.Expr = sympy.S.One
     inner: sympy.Expr = sympy.S.One
+    counted: bool = False
 
     def take(self, tensor: torch.Tensor, rows: torch.Tensor, sizes: Sizes = ()) -> torch.Tensor:
         """The samples ``rows``, int64, shape (m,), in a tensor of the same layout, at the other ``sizes``."""
+        if self.counted:
+            rows = torch.arange(len(rows), device=rows.device)
         outer, inner = at(self.outer, sizes), at(self.inner, sizes)
         if outer == inner == 1:
             return tensor.index_select(self.dim, rows)
@@ -87,7 +94,7 @@ def is_random(node: fx.Node) -> bool:
     return True
 
 
-def _candidates(value: torch.Tensor, batch: sympy.Symbol) -> list[Layout]:
+def _candidates(value: torch.Tensor, batch: sympy.Symbol, counted: bool = False) -> list[Layout]:
     """The layouts that a symbolic shape admits; none where it does not depend on the number of samples."""
     found = []
     for dim, size in enumerate(value.shape):
@@ -99,7 +106,7 @@ def _candidates(value: torch.Tensor, batch: sympy.Symbol) -> list[Layout]:
         each: Any = sympy.factor(expression / batch)
         if batch in each.free_symbols or not each.as_coeff_Mul()[0].is_Integer:
             raise UnsupportedError(f"a tensor's size {expression} is no multiple of the number of samples {batch}")
-        found = [Layout(dim, outer, sympy.cancel(each / outer)) for outer in _divisors(each)]
+        found = [Layout(dim, outer, sympy.cancel(each / outer), counted) for outer in _divisors(each)]
     return found
 
 
@@ -113,6 +120,8 @@ def _divisors(size: Any) -> list[Any]:
 
 def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
     """The distance of two tensors relative to their size; for whole numbers, the share of those that differ."""
+    if one.is_complex():
+        one, other = torch.view_as_real(one.resolve_conj()), torch.view_as_real(other.resolve_conj())
     if not one.is_floating_point():
         return float((one != other).double().mean()) if one.numel() else 0.0
     wide = torch.promote_types(one.dtype, torch.float32)
@@ -137,17 +146,39 @@ def _normalises_by_batch(node: fx.Node, batch: sympy.Symbol) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or "batch_norm" not in target.name():
         return False
+    if any(evaluation in target.name() for evaluation in ("no_training", "no_update")):
+        return False
     return _given(node, "training") is not False and not _candidates(node.meta["val"][1], batch)
 
 
-class _Probe:
-    """The values of a forward graph on two halves of some samples, and on both together, node by node."""
+def _perturbed(value: torch.Tensor) -> torch.Tensor:
+    """A parameter a little away from its own value, or a buffer whose values are all alike a little apart.
 
-    def __init__(self, batch: sympy.Symbol, sizes: Sizes) -> None:
-        self.batch, self.sizes = batch, sizes
+    Weights of zero would hide what they are to scale, and like values in which order they stand.
+    """
+    if not value.is_floating_point() or not value.numel() or not value.isfinite().all():
+        return value
+    if value.requires_grad:
+        size = value.norm() / value.numel() ** 0.5
+        return value + 0.1 * (size if size > 0 else 1) * torch.randn_like(value)
+    first = value.flatten()[0]
+    return value + 0.1 * (first.abs() or 1) * torch.rand_like(value) if (value == first).all() else value
+
+
+class _Probe:
+    """The values of a forward graph on two halves of some samples, and on both together, node by node.
+
+    Args:
+        batch (sympy.Symbol): The number of samples.
+        sizes (Sizes): The other sizes that vary.
+        of_samples (set[fx.Node]): The nodes that depend on any sample.
+    """
+
+    def __init__(self, batch: sympy.Symbol, sizes: Sizes, of_samples: set[fx.Node]) -> None:
+        self.batch, self.sizes, self._of_samples = batch, sizes, of_samples
         self.halves: tuple[dict[fx.Node, Any], dict[fx.Node, Any]] = {}, {}
         self.both: dict[fx.Node, Any] = {}
-        self.layouts: dict[fx.Node, Layout | None] = {}
+        self.layouts: dict[fx.Node, list[Layout | None]] = {}
 
     def give(self, node: fx.Node, halves: Sequence[Any], both: Any) -> None:
         """Sets a node's values."""
@@ -156,35 +187,34 @@ class _Probe:
 
     def layout(self, node: fx.Node) -> Layout | None:
         """The layout of a node's tensor; None where it does not depend on the number of samples."""
-        if node not in self.layouts:
-            fitting = self.fitting(node)
-            if len(fitting) > 1:
-                raise UnsupportedError(f"a saved tensor ({node.name}) has its samples in more than one possible order")
-            self.layouts[node] = fitting[0]
-        return self.layouts[node]
+        fitting = self._fitting(node)
+        if len(fitting) > 1:
+            raise UnsupportedError(f"a saved tensor ({node.name}) has its samples in more than one possible order")
+        return fitting[0]
 
-    def fitting(self, node: fx.Node) -> list[Layout | None]:
+    def _fitting(self, node: fx.Node) -> list[Layout | None]:
         """The layouts, at least one, in which both together show what the halves do.
 
         Raises:
             UnsupportedError: If there is none.
         """
+        if node in self.layouts:
+            return self.layouts[node]
         both, halves = self.both[node], [half[node] for half in self.halves]
         tolerance = 3e-2 if both.dtype in (torch.float16, torch.bfloat16) else 1e-3
-        candidates = _candidates(node.meta["val"], self.batch)
+        candidates = _candidates(node.meta["val"], self.batch, counted=node not in self._of_samples)
         if not candidates:
             if any(half.shape != both.shape or _difference(half, both) > tolerance for half in halves):
                 raise UnsupportedError(
                     f"layers mix samples: a tensor ({node.name}) belongs to none of them, but depends on which they are"
                 )
-            return [None]
-        rows = [torch.arange(_PROBES, device=both.device) + i * _PROBES for i in range(2)]
+            return self.layouts.setdefault(node, [None])
         fitting: list[Layout | None] = [
             layout
             for layout in candidates
             if all(
-                _difference(half, layout.take(both, own, self.sizes)) <= tolerance
-                for half, own in zip(halves, rows, strict=True)
+                _difference(half, part) <= tolerance
+                for half, part in zip(halves, self._parts(both, layout), strict=True)
             )
         ]
         if not fitting:
@@ -192,7 +222,14 @@ class _Probe:
                 f"layers mix samples: a sample's part of a tensor ({node.name}) depends on the others, or is in an "
                 "order that cannot be found"
             )
-        return fitting
+        return self.layouts.setdefault(node, fitting)
+
+    def _parts(self, both: torch.Tensor, layout: Layout | None) -> list[torch.Tensor]:
+        """The halves of both together."""
+        if layout is None:
+            return [both, both]
+        rows = torch.arange(2 * _PROBES, device=both.device).split(_PROBES)
+        return [layout.take(both, half, self.sizes) for half in rows]
 
     def run(self, node: fx.Node) -> None:
         """Computes a node on all three; random numbers are those of the halves."""
@@ -207,40 +244,36 @@ class _Probe:
             self._inherit(node)
         elif _normalises_by_batch(node, self.batch):
             both = self._call(node, self.both)
-            self.give(node, [self._normalised(node, half, both) for half in self.halves], both)
+            halves = self._parts(both[0], self._fitting(_given(node, "input"))[0])
+            self.give(node, [(half, *both[1:]) for half in halves], both)
         else:
             self.give(node, [self._call(node, half) for half in self.halves], self._call(node, self.both))
+        if node in self._of_samples and isinstance(both := self.both[node], torch.Tensor):
+            # What is computed of it next is then computed of the same samples.
+            self.give(node, self._parts(both, self._fitting(node)[0]), both)
 
     def _call(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
         assert callable(node.target)
-        return node.target(*args, **kwargs)
-
-    def _normalised(self, node: fx.Node, half: dict[fx.Node, Any], both: Sequence[torch.Tensor]) -> tuple[Any, ...]:
-        """What batch normalisation makes of a half with the statistics of both together."""
-        inputs, weight, bias = (
-            half[value] if isinstance(value, fx.Node) else value
-            for value in (_given(node, name) for name in ("input", "weight", "bias"))
-        )
-        eps = next(value for name in ("eps", "epsilon") if (value := _given(node, name)) is not None)
-        mean, variance = both[1], both[2].double().pow(-2) - eps
-        outputs = torch.nn.functional.batch_norm(inputs, mean, variance.to(mean), weight, bias, training=False, eps=eps)
-        return outputs, *both[1:]
+        try:
+            return node.target(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise UnsupportedError(f"it cannot be run on a few samples ({node.name}): {first_line(error)}") from error
 
     def _inherit(self, node: fx.Node) -> Layout | None:
         """Takes over the layout of an argument of the same shape: what is like a tensor is laid out like it."""
         candidates = _candidates(node.meta["val"], self.batch)
-        if len(candidates) == 1:
-            self.layouts[node] = candidates[0]
-        elif not candidates:
-            self.layouts[node] = None
+        if len(candidates) <= 1:
+            self.layouts[node] = [*candidates] or [None]
         for argument in node.all_input_nodes:
             value = argument.meta.get("val")
             if isinstance(value, torch.Tensor) and value.shape == node.meta["val"].shape:
-                self.layouts[node] = self.layout(argument)
+                self.layouts[node] = [self.layout(argument)]
         if node not in self.layouts and is_random(node):
             raise UnsupportedError(f"random numbers ({node.name}) are drawn in an order that nothing shows")
-        return self.layouts.get(node)
+        return self.layouts[node][0] if node in self.layouts else None
 
     def _joined(self, node: fx.Node, halves: Sequence[Any]) -> Any:
         """What a node that draws random numbers would make of both together, had it drawn those of the halves."""
@@ -259,7 +292,7 @@ class _Probe:
         return tuple(joined(values, self.layout(argument)) for values in zip(*halves, strict=True))
 
 
-def _depend_on(nodes: Iterable[fx.Node], sources: Iterable[fx.Node]) -> set[fx.Node]:
+def depend_on(nodes: Iterable[fx.Node], sources: Iterable[fx.Node]) -> set[fx.Node]:
     """The nodes, of a graph in its order, that depend on any source."""
     found = set(sources)
     for node in nodes:
@@ -303,40 +336,43 @@ def determine_layouts(
         UnsupportedError: If a layout cannot be told beyond doubt, or samples are mixed by anything but batch
             normalisation in training.
     """
-    probe = _Probe(batch, sizes)
-    per_sample = []
-    for node, value in zip(graph.graph.find_nodes(op="placeholder"), args, strict=True):
-        symbolic = node.meta["val"]
-        if isinstance(symbolic, torch.SymInt):
-            few, twice = (at(symbolic.node.expr, ((batch, n), *sizes)) for n in (_PROBES, 2 * _PROBES))
-            probe.give(node, (few, few), twice)
-            continue
-        probe.give(node, (value, value), value)
-        if isinstance(value, torch.Tensor):
-            layouts = _candidates(symbolic, batch)
-            if len(layouts) > 1:
-                raise UnsupportedError(f"an input of shape {tuple(value.shape)} has several rows for each sample")
-            layout = probe.layouts[node] = layouts[0] if layouts else None
-            if layout is not None:
-                per_sample.append(node)
+    outputs = [out for out in graph.graph.output_node().args[0] if isinstance(out, fx.Node)]  # type: ignore[union-attr]
+    ends = [out for out in outputs if isinstance(out.meta.get("val"), torch.Tensor) and wanted(out)]
+    needed = _needed_by(graph.graph.nodes, ends)
+    per_sample = [
+        node
+        for node in graph.graph.find_nodes(op="placeholder")
+        if isinstance(node.meta["val"], torch.Tensor) and _candidates(node.meta["val"], batch)
+    ]
+    drawn = [node for node in graph.graph.nodes if node.op == "call_function" and is_random(node)]
+    probe = _Probe(batch, sizes, depend_on(graph.graph.nodes, [*per_sample, *drawn]))
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+        for node, value in zip(graph.graph.find_nodes(op="placeholder"), args, strict=True):
+            symbolic = node.meta["val"]
+            if isinstance(symbolic, torch.SymInt):
+                few, twice = (at(symbolic.node.expr, ((batch, n), *sizes)) for n in (_PROBES, 2 * _PROBES))
+                probe.give(node, (few, few), twice)
+            elif node in per_sample:
+                layouts = _candidates(symbolic, batch)
+                if len(layouts) > 1:
+                    raise UnsupportedError(f"an input of shape {tuple(value.shape)} has several rows for each sample")
+                layout = layouts[0]
+                probe.layouts[node] = [layout]
                 # Of few samples, some come twice: what is alike in a half says nothing, and is not needed.
                 size = value.shape[layout.dim]
                 rows = torch.arange(_PROBES, device=value.device)
                 rows = [rows % size, size - 1 - rows % min(_PROBES, size - 1)]
                 probe.give(node, [layout.take(value, half) for half in rows], layout.take(value, torch.cat(rows)))
-    if all(torch.equal(probe.halves[0][node], probe.halves[1][node]) for node in per_sample):
-        raise UndecidedError("the samples of a minibatch are alike")
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+            else:
+                if node in needed and isinstance(value, torch.Tensor):
+                    value = _perturbed(value)
+                probe.give(node, (value, value), value)
+        if all(torch.equal(probe.halves[0][node], probe.halves[1][node]) for node in per_sample):
+            raise UndecidedError("the samples of a minibatch are alike")
         for node in graph.graph.nodes:
             if node.op == "get_attr":
                 constant = getattr(graph, str(node.target))
                 probe.give(node, (constant, constant), constant)
-            elif node.op == "call_function":
+            elif node.op == "call_function" and node in needed:
                 probe.run(node)
-    outputs = [out for out in graph.graph.output_node().args[0] if isinstance(out, fx.Node)]  # type: ignore[union-attr]
-    ends = [out for out in outputs if isinstance(out.meta.get("val"), torch.Tensor) and wanted(out)]
-    on_the_way = _depend_on(graph.graph.nodes, per_sample) & _needed_by(graph.graph.nodes, ends)
-    for node in graph.graph.nodes:
-        if node in on_the_way and isinstance(node.meta.get("val"), torch.Tensor) and node not in probe.layouts:
-            probe.fitting(node)
     return {out: probe.layout(out) for out in ends}

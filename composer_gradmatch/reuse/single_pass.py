@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, MutableMapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from composer_gradmatch.batches import copy_structure, find_rows, tensor_leaves
 from composer_gradmatch.huggingface_losses import huggingface_losses
 from composer_gradmatch.losses import takes_loss_from_logits
-from composer_gradmatch.reuse.capture import CapturedForward, Pass, first_line
-from composer_gradmatch.reuse.unsupported import UndecidedError, UnsupportedError
-from composer_gradmatch.reuse.verify import check_gradients, check_outputs, picks_normalised_by_all
+from composer_gradmatch.reuse.capture import CapturedForward, Pass
+from composer_gradmatch.reuse.unsupported import UndecidedError, UnsupportedError, first_line
+from composer_gradmatch.reuse.verify import check_gradients, check_outputs, picks_normalised_by_all, rounded_parameters
 from composer_gradmatch.selection_pass import Generators, snapshot_buffers
 
 __all__ = ["SinglePass"]
@@ -58,6 +58,7 @@ class SinglePass:
         self._picked: Any = None
         self._picks = torch.empty(0, dtype=torch.int64)
         self._versions: list[int] = []
+        self._hooks: list[int] = []
         self._served: set[int] = set()
         self._others_came = False
 
@@ -83,7 +84,7 @@ class SinglePass:
         self._batch, self._num_samples = batch, num_samples
         try:
             self._pass = self._capture()
-            self._after = Generators.now()
+            self._after, self._hooks = Generators.now(), _hooks_inside(self.model)
             made = {id(output): output.detach() for output in self._pass.run.outputs}
             self.leaves = [leaf.requires_grad_() for leaf in made.values() if leaf.is_floating_point()]
             outputs = tree_map_only(torch.Tensor, lambda output: made[id(output)], self._pass.outputs)
@@ -246,6 +247,8 @@ class SinglePass:
             return None  # Other weights (SAM's second pass), or another purpose.
         if run.spent:
             return None  # Memory ran out in the very last backward pass, or the picks are wanted once more.
+        if _hooks_inside(self.model) != self._hooks:
+            return None  # Someone wants to see what happens inside (ActivationMonitor).
         inputs, picked = self._inputs(batch), self._inputs(self._picked)
         rows = None
         if self._versions == [leaf._version for leaf in tensor_leaves(self._picked)]:
@@ -275,29 +278,67 @@ class SinglePass:
     def _compare(self, weights: torch.Tensor, losses: Losses) -> None:
         """Compares outputs and gradients with the model's own, which ends the pass.
 
+        Where autocast to 16 bits makes them differ, as it does in deep networks, they are compared without it.
+        """
+        assert self._pass is not None
+        device = self._picks.device.type
+        with self.precision():
+            by_autocast = torch.is_autocast_enabled(device)
+        try:
+            self._compare_in(self.precision, weights, losses)
+            return
+        except UnsupportedError as error:
+            if not by_autocast or isinstance(error, UndecidedError):
+                raise
+        self._pass = None
+        self._rewind()
+
+        @contextmanager
+        def full() -> Iterator[None]:
+            with torch.autocast(device, enabled=False):
+                yield
+
+        with full():
+            forward = CapturedForward(self._uncompiled or self.model.forward)
+            self._pass = forward(self._inputs(self._batch), self._num_samples)
+        self._compare_in(full, weights, losses)
+
+    def _compare_in(
+        self, precision: Callable[[], AbstractContextManager[None]], weights: torch.Tensor, losses: Losses
+    ) -> None:
+        """Compares outputs and gradients in a precision.
+
         The reference is the model's forward pass on the picks, as two passes would make it; on all samples where it
         draws random numbers, which would be others on the picks alone, or where batch normalisation mixes samples.
         """
         assert self._pass is not None
-        captured, graphs, outputs = self._pass.run.outputs, self._pass.run.graphs, self._pass.outputs
+        captured, random, outputs = self._pass.run.outputs, self._pass.run.graphs.random, self._pass.outputs
         low = any(value.dtype in (torch.float16, torch.bfloat16) for value in self._pass.run.tensors())
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-
-        def gradients(outputs: Any) -> tuple[torch.Tensor | None, ...]:
-            each = losses(self._completed(outputs, self._picked), self._picked)
-            return torch.autograd.grad((each * weights.to(each)).sum(), parameters, allow_unused=True)
 
         def rows(outputs: Any) -> Any:
             return tree_map_only(torch.Tensor, lambda leaf: leaf.index_select(0, self._picks), outputs)
 
-        with self.precision(), torch.enable_grad():
-            found = gradients(self._pass.rows(self._picks))
-            self._pass = None  # The activations of two forward passes need not be held at once.
+        def reference() -> tuple[Any, bool]:
+            """What the model itself returns, and whether that is of the picks alone."""
             self._rewind()
             with picks_normalised_by_all(self.model, self._picks) as mixed:
-                alone = not mixed and not graphs.random
-                reference = self._own(self._inputs(self._picked if alone else self._batch))
-            own = [leaf for leaf in tree_flatten(reference)[0] if isinstance(leaf, torch.Tensor)]
+                alone = not mixed and not random
+                return self._own(self._inputs(self._picked if alone else self._batch)), alone
+
+        def gradients(outputs: Any, alone: bool = True) -> tuple[torch.Tensor | None, ...]:
+            each = losses(self._completed(outputs if alone else rows(outputs), self._picked), self._picked)
+            return torch.autograd.grad((each * weights.to(each)).sum(), parameters, allow_unused=True)
+
+        def rounded() -> tuple[torch.Tensor | None, ...]:
+            with rounded_parameters(parameters, low):
+                return gradients(*reference())
+
+        with precision(), torch.enable_grad():
+            found = gradients(self._pass.rows(self._picks))
+            self._pass = None  # The activations of two forward passes need not be held at once.
+            whole, alone = reference()
+            own = [leaf for leaf in tree_flatten(whole)[0] if isinstance(leaf, torch.Tensor)]
             own = [leaf.detach() for leaf in {id(leaf): leaf for leaf in own}.values()]
             if len(own) != len(captured):
                 raise UnsupportedError("the model itself returns other tensors than when it is captured")
@@ -305,8 +346,9 @@ class SinglePass:
                 check_outputs(rows(captured), own, "that on the picks alone: layers mix samples, or run in another way")
             else:
                 check_outputs(captured, own)
-            check_gradients(found, gradients(reference if alone else rows(reference)), low)
-            del reference, own
+            expected = gradients(whole, alone)
+            del whole, own
+            check_gradients(found, expected, low, rounded)
             if self._adds_loss:
                 self._check_loss(outputs)
 
@@ -321,6 +363,22 @@ class SinglePass:
         whole, completed = self._own(self._batch), self._completed(outputs, self._batch)
         key = "loss" if isinstance(whole, MutableMapping) else 0
         check_outputs([completed[key]], [whole[key]])
+
+
+def _hooks_inside(model: nn.Module) -> list[int]:
+    """The ids of the hooks of a model's submodules, which only a forward pass of its own calls."""
+    return [
+        hook
+        for module in model.modules()
+        if module is not model
+        for hooks in (
+            module._forward_pre_hooks,
+            module._forward_hooks,
+            module._backward_pre_hooks,
+            module._backward_hooks,
+        )
+        for hook in hooks
+    ]
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from torch._C._autograd import _get_current_graph_task_keep_graph
 from torch.autograd.function import once_differentiable
 
 from composer_gradmatch.reuse.inductor import InductorGraph
-from composer_gradmatch.reuse.layout import Layout, Sizes, at, determine_layouts, is_random
+from composer_gradmatch.reuse.layout import Layout, Sizes, at, depend_on, determine_layouts, is_random
 from composer_gradmatch.reuse.unsupported import UnsupportedError
 
 __all__ = ["Graphs", "Run"]
@@ -58,9 +58,13 @@ class Graphs:
         saved = list(ends[num_outputs:])
         self.sizes = [node for node in saved if isinstance(node.meta["val"], torch.SymInt)]
         self.saved = saved[: len(saved) - len(self.sizes)]
-        placeholders = [node for node in backward.graph.nodes if node.op == "placeholder"]
-        #: Which outputs have gradients, as positions among the outputs.
-        self.num_tangents = len(placeholders) - len(saved)
+        tangents = backward.graph.find_nodes(op="placeholder")[len(saved) :]
+        #: How many outputs have gradients.
+        self.num_tangents = len(tangents)
+        reached = [depend_on(backward.graph.nodes, [tangent]) for tangent in tangents]
+        gradients: Any = backward.graph.output_node().args[0]
+        #: For each input of the forward graph, which of the outputs' gradients its own depends on.
+        self.tangents_of = [{i for i, nodes in enumerate(reached) if gradient in nodes} for gradient in gradients]
         inputs = [node.meta["val"] for node in forward.graph.nodes if node.op == "placeholder"]
         self._others = {
             value.node.expr: i
@@ -261,22 +265,30 @@ class Run:
         taken = dict(zip(self._differentiable, graphed, strict=True))
         return [taken[i] if i in taken else output.index_select(0, rows) for i, output in enumerate(self.outputs)]
 
-    def backward(self, graph: Any, rows: torch.Tensor, tangents: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    def backward(
+        self, graph: Any, rows: torch.Tensor, tangents: Sequence[torch.Tensor | None]
+    ) -> list[torch.Tensor | None]:
         """The parameters' gradients, in their order, of the samples ``rows`` by the gradients of their outputs.
 
-        ``graph`` is what autograd calls this from. The last backward pass of the picks, unless it keeps its graph,
+        Outputs without a gradient give none to the parameters that reach no other. ``graph`` is what autograd calls
+        this from. The last backward pass of the picks, unless it keeps its graph,
         lets go of the saved tensors on its way.
         """
         graphs = self.graphs
         assert graphs.sliced is not None
         last = self._is_over(graph)
         self.spent |= last
-        tangents = [tangent.contiguous() for tangent in tangents]
+        outputs = [self.outputs[i] for i in self._differentiable]
+        filled = [
+            output.new_zeros(len(rows), *output.shape[1:]) if tangent is None else tangent.contiguous()
+            for output, tangent in zip(outputs, tangents, strict=True)
+        ]
         sizes = graphs.saved_sizes(len(rows), self._sizes)
-        gradients = graphs.sliced(*sizes, *tangents, _Saved(self.saved, last), rows, self._sizes)
+        gradients = graphs.sliced(*sizes, *filled, _Saved(self.saved, last), rows, self._sizes)
         if last:
             self.saved = []
-        return [gradients[i] for i in self._places]
+        given = {i for i, tangent in enumerate(tangents) if tangent is not None}
+        return [gradients[i] if given & graphs.tangents_of[i] else None for i in self._places]
 
     def _is_over(self, graph: Any) -> bool:
         """Whether no other backward pass of the picks is to come when this one is over."""
@@ -297,13 +309,14 @@ class _SlicedBackward(torch.autograd.Function):
         ctx: Any, run: Run, rows: torch.Tensor, picks: Sequence[int], *_: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         ctx.save_for_backward(rows)
+        ctx.set_materialize_grads(False)
         ctx.run, ctx.picks = run, picks
         run.open.add(ctx)
         return tuple(run.outputs[i].index_select(0, rows) for i in run._differentiable)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *tangents: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *tangents: torch.Tensor | None) -> tuple[Any, ...]:
         (rows,) = ctx.saved_tensors  # Which says so if the graph is gone.
         gradients = ctx.run.backward(ctx, rows, tangents)
         if not _get_current_graph_task_keep_graph():

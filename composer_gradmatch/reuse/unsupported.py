@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["UndecidedError", "UnsupportedError"]
+__all__ = ["UndecidedError", "UnsupportedError", "first_line"]
 
 
 class UnsupportedError(Exception):
@@ -11,3 +11,9 @@ class UnsupportedError(Exception):
 
 class UndecidedError(UnsupportedError):
     """They cannot on this minibatch, which shows nothing of others."""
+
+
+def first_line(error: BaseException) -> str:
+    """An error's type, and the first line of what it says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -23,7 +23,8 @@ from cases import (
 )
 from composer import Callback, DataSpec, Trainer
 from composer.algorithms import SAM, GradientClipping, LabelSmoothing, MixUp
-from composer.core import Event
+from composer.callbacks import ActivationMonitor
+from composer.core import Algorithm, Event
 from composer.loggers import InMemoryLogger
 from composer.models import ComposerClassifier
 from oracles import weighted_gradient
@@ -492,6 +493,36 @@ def test_gradients_are_verified_again_and_the_run_goes_on_in_two_passes(monkeypa
         trained(MLP.model(), loader(MLP.data(M), M), [always()], max_duration="12ba")
     assert steps == [0, 9]
     assert served == [9] * 9
+
+
+@pytest.mark.filterwarnings("ignore:Currently the ActivationMonitor")
+def test_what_looks_inside_the_model_sees_a_forward_pass(served):
+    """The Trainer's forward is the model's own in the steps in which Composer's monitor hooks its layers."""
+    log = InMemoryLogger()
+    model = MLP.model()
+    monitor = ActivationMonitor(interval="2ba")
+    trained(model, loader(MLP.data(M), M), [always()], max_duration="4ba", loggers=[log], callbacks=[monitor])
+    assert len(log.data["activations/average/module.2_input.0"]) == 2
+    assert served.count(None) == 2
+    assert served.count(9) == 2
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_a_graph_of_the_backward_pass_is_left_to_two_passes(served):
+    class Differentiating(Algorithm):
+        @property
+        def backwards_create_graph(self):
+            return True
+
+        def match(self, event, state):
+            return False
+
+        def apply(self, event, state, logger):
+            raise AssertionError
+
+    with pytest.warns(UserWarning, match="wants the graph of the backward pass"):
+        trained(MLP.model(), loader(MLP.data(M), M), [always(), Differentiating()])
+    assert not served
 
 
 def test_nothing_stays_behind():
