@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -96,11 +97,14 @@ class CapturedForward:
         self.varying = False
         self._compiled = self._compile()
 
-    def _compile(self) -> Callable[[Any], tuple[Any, list[torch.Tensor]]]:
+    def _compile(self) -> Callable[[Any, list[torch.Tensor]], tuple[Any, list[torch.Tensor]]]:
         forward, seen = self._forward, self._seen
 
-        def traced(batch: Any) -> tuple[Any, list[torch.Tensor]]:
+        def traced(batch: Any, per_sample: list[torch.Tensor]) -> tuple[Any, list[torch.Tensor]]:
             seen.clear()
+            # Each comes with a symbol of its own, and models need not compare them.
+            for one, other in itertools.pairwise(per_sample):
+                assert len(one) == len(other)
             return forward(batch), list(seen)
 
         # Dynamo keeps and counts what it has compiled by code object, which all functions made here would share.
@@ -129,6 +133,7 @@ class CapturedForward:
             return leaf
 
         marked = map_tensors(mark, batch)
+        per_sample = [leaf for leaf in leaves if leaf.dim() and len(leaf) == num_samples]
         sizes = self._varying_sizes(leaves)
         self.varies = bool(sizes)
         for leaf, dim in sizes:
@@ -149,7 +154,7 @@ class CapturedForward:
         try:
             with torch.enable_grad(), warnings.catch_warnings(), torch._dynamo.config.patch(settings):
                 warnings.simplefilter("ignore")
-                outputs, seen = self._compiled(marked)
+                outputs, seen = self._compiled(marked, per_sample)
             if recording.run is None:
                 raise UnsupportedError("its forward pass has no gradient")
             return self._finish(outputs, seen, leaves)
@@ -217,6 +222,11 @@ class CapturedForward:
 
 def _backend(recording: _Recording, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """Dynamo's backend: partitions the graph, and runs its forward part under record."""
+    for node in graph.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise UnsupportedError(
+                f"it checkpoints activations, or calls another function of functions ({node.target})"
+            )
     batch = _batch_symbol(graph, recording.num_samples)
     num_results = _copy_outputs(graph)
     graphs: list[Graphs] = []

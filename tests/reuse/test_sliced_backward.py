@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from cases import Autocast, Encoder
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet18
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from composer_gradmatch.models.wide_resnet import wide_resnet
 from composer_gradmatch.reuse.capture import CapturedForward
@@ -305,7 +307,7 @@ def test_lengths_that_vary_are_captured_twice(name):
     for length, samples in [(7, 8), (7, 6), (6, 6), (5, 6), (4, 8), (7, 8), (9, 7), (8, 8)]:
         batch = torch.randn(samples, length, 16)
         state = torch.get_rng_state()
-        captured = forward((batch, targets), samples)
+        captured = forward((batch, targets[:samples]), samples)
         found = torch.autograd.grad(weighted(captured.rows(ROWS), targets[ROWS]), list(model.parameters()))
         torch.set_rng_state(state)
         outputs = model(batch)
@@ -314,6 +316,29 @@ def test_lengths_that_vary_are_captured_twice(name):
         assert_close(found, expected)
         graphs.append(captured.run.graphs)
     assert [graphs.index(each) for each in graphs] == [0, 0, 2, 3, 3, 3, 3, 3]
+
+
+SMALL = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 1}
+LANGUAGE_MODELS = {
+    # Its token ids and its mask are never compared, and so have a number of samples each.
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=24, num_attention_heads=2)),
+    # Its backward pass views tensors that are laid out in another order of dimensions.
+    "mamba": lambda: MambaForCausalLM(MambaConfig(**SMALL, state_size=4)),
+}
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_causal_language_models(name):
+    torch.manual_seed(0)
+    model = LANGUAGE_MODELS[name]()
+    batch = {"input_ids": torch.randint(30, (M, 7)), "attention_mask": torch.ones(M, 7, dtype=torch.int64)}
+    picked = {key: value[ROWS] for key, value in batch.items()}
+    captured = CapturedForward(lambda batch: model(**batch).logits)(batch, M)
+    found, expected = (
+        torch.autograd.grad(outputs.square().mean(), list(model.parameters()))
+        for outputs in (captured.rows(ROWS), model(**picked).logits)
+    )
+    assert_close(found, expected)
 
 
 def test_positions_before_samples_are_found():
@@ -354,6 +379,7 @@ class Returning(nn.Module):
     [
         (Branching(), "cannot be captured as one graph"),
         (Returning(lambda x: (x, x.mean())), "no row for each sample"),
+        (Returning(lambda x: checkpoint(torch.tanh, x, use_reentrant=False)), "checkpoints activations"),
         (Returning(lambda x: x @ x.T), "two dimensions"),
         (Returning(lambda x: x.reshape(-1)), "no row for each sample"),
         (Returning(lambda x: torch.cat([x, x[:1]])), "no row for each sample"),
