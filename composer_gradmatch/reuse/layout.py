@@ -152,15 +152,17 @@ def _normalises_by_batch(node: fx.Node, batch: sympy.Symbol) -> bool:
 
 
 def _perturbed(value: torch.Tensor) -> torch.Tensor:
-    """A parameter a little away from its own value, or a buffer whose values are all alike a little apart.
+    """A parameter each of whose values is a tenth away, or a buffer whose values are all alike a little apart.
 
-    Weights of zero would hide what they are to scale, and like values in which order they stand.
+    Weights of zero would hide what they are to scale, and like values in which order they stand. Positive values, of
+    which a logarithm may be taken, stay positive.
     """
     if not value.is_floating_point() or not value.numel() or not value.isfinite().all():
         return value
     if value.requires_grad:
         size = value.norm() / value.numel() ** 0.5
-        return value + 0.1 * (size if size > 0 else 1) * torch.randn_like(value)
+        scale = torch.where(value == 0, size if size > 0 else 1, value.abs())
+        return value + scale * torch.empty_like(value).uniform_(-0.1, 0.1)
     first = value.flatten()[0]
     return value + 0.1 * (first.abs() or 1) * torch.rand_like(value) if (value == first).all() else value
 
