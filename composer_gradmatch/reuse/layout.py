@@ -187,6 +187,11 @@ class _Probe:
         self.halves[0][node], self.halves[1][node] = halves
         self.both[node] = both
 
+    def forget(self, node: fx.Node) -> None:
+        """Lets go of a node's values, which nothing will be computed of."""
+        for values in (*self.halves, self.both):
+            del values[node]
+
     def layout(self, node: fx.Node) -> Layout | None:
         """The layout of a node's tensor; None where it does not depend on the number of samples."""
         fitting = self._fitting(node)
@@ -348,8 +353,10 @@ def determine_layouts(
         if isinstance(node.meta["val"], torch.Tensor) and _candidates(node.meta["val"], batch)
     ]
     drawn = [node for node in graph.graph.nodes if node.op == "call_function" and is_random(node)]
+    of_samples = depend_on(graph.graph.nodes, [*per_sample, *drawn])
+    last_use = {argument: node for node in graph.graph.nodes if node in needed for argument in node.all_input_nodes}
     alike = True
-    probe = _Probe(batch, sizes, depend_on(graph.graph.nodes, [*per_sample, *drawn]))
+    probe = _Probe(batch, sizes, of_samples)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
         for node, value in zip(graph.graph.find_nodes(op="placeholder"), args, strict=True):
             symbolic = node.meta["val"]
@@ -381,4 +388,7 @@ def determine_layouts(
                 probe.give(node, (constant, constant), constant)
             elif node.op == "call_function" and node in needed:
                 probe.run(node)
+                for argument in node.all_input_nodes:
+                    if last_use[argument] is node and (argument in of_samples or argument not in ends):
+                        probe.forget(argument)
     return {out: probe.layout(out) for out in ends}

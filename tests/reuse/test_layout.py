@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from composer_gradmatch.benchmarks.peak import PeakMemory
 from composer_gradmatch.reuse.capture import CapturedForward
+from composer_gradmatch.reuse.layout import determine_layouts
 from composer_gradmatch.reuse.unsupported import UndecidedError, UnsupportedError
 
 M, CLASSES = 8, 5
@@ -81,3 +83,21 @@ def test_a_minibatch_of_like_samples_shows_nothing():
     with pytest.raises(UndecidedError, match="alike"):
         forward(torch.ones(M, 12), M)
     assert forward(torch.randn(M, 12), M).outputs.shape == (M, CLASSES)
+
+
+def test_the_layouts_are_determined_in_little_memory():
+    """Of what is computed on the way, only what is still to be used is held: some tensors of all samples, twice."""
+    model = nn.Sequential(*[nn.Linear(256, 256), nn.Tanh()] * 20, nn.Flatten(), nn.Linear(64 * 256, CLASSES))
+    peaks = []
+
+    def measured(*args):
+        with PeakMemory() as peak:
+            found = determine_layouts(*args)
+        peaks.append(peak.bytes)
+        return found
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("composer_gradmatch.reuse.sliced_backward.determine_layouts", measured)
+        CapturedForward(model)(torch.randn(M, 64, 256), M)
+    of_one_layer = 14 * 64 * 256 * 4
+    assert of_one_layer < peaks[0] < 8 * of_one_layer
