@@ -15,6 +15,7 @@ from torch import fx
 from torch._C._autograd import _get_current_graph_task_keep_graph
 from torch.autograd.function import once_differentiable
 
+from composer_gradmatch.reuse.in_place import compute_in_place
 from composer_gradmatch.reuse.inductor import InductorGraph
 from composer_gradmatch.reuse.layout import Layout, Sizes, at, depend_on, determine_layouts, is_random
 from composer_gradmatch.reuse.unsupported import UnsupportedError
@@ -50,7 +51,7 @@ class Graphs:
         self.forward, self.backward, self.batch = forward, backward, batch
         self._compiled = [InductorGraph(forward)] if compiled else []
         #: What runs the forward graph.
-        self.run_forward: Callable[..., Any] = self._compiled[0] if compiled else forward
+        self.run_forward: Callable[..., Any] = self._compiled[0] if compiled else compute_in_place(forward)
         self.num_outputs, self.num_mutated = num_outputs, num_mutated
         ends: Any = forward.graph.output_node().args[0]
         self.outputs: list[Any] = list(ends[num_mutated:num_outputs])

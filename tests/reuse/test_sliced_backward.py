@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from cases import Autocast, Encoder
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet18
@@ -18,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCau
 
 from composer_gradmatch.models.wide_resnet import wide_resnet
 from composer_gradmatch.reuse.capture import CapturedForward
+from composer_gradmatch.reuse.in_place import compute_in_place
 from composer_gradmatch.reuse.layout import Layout
 from composer_gradmatch.reuse.unsupported import UnsupportedError
 from composer_gradmatch.reuse.verify import check_gradients, check_outputs, picks_normalised_by_all
@@ -63,16 +65,17 @@ MODELS = {
         (3, 8, 8),
     ),
     "bf16, nearly uniform": (lambda: Autocast(nn.Sequential(NearlyUniform(), nn.Linear(112, CLASSES))), (7, 16)),
-    "spectrum": (lambda: nn.Sequential(nn.Linear(12, 12), Spectrum(), nn.Linear(7, CLASSES)), (12,)),
+    "complex numbers": (lambda: nn.Sequential(nn.Linear(12, 12), Rotated(), nn.Linear(12, CLASSES)), (12,)),
     "rows by index": (lambda: nn.Sequential(nn.Linear(12, CLASSES), LastOf()), (7, 12)),
 }
 
 
-class Spectrum(nn.Module):
-    """Complex numbers on the way."""
+class Rotated(nn.Module):
+    """Complex numbers on the way, as in some rotary embeddings."""
 
     def forward(self, inputs):
-        return torch.fft.rfft(inputs).abs()
+        pairs = torch.view_as_complex(inputs.unflatten(-1, (6, 2)))
+        return torch.view_as_real(pairs * pairs.abs()).flatten(-2)
 
 
 class NearlyUniform(nn.Module):
@@ -143,6 +146,42 @@ def test_batch_normalisation_keeps_its_statistics_of_all_samples(name):
         torch.testing.assert_close(found, expected, msg=key)
         changed |= not torch.equal(found, before)
     assert changed
+
+
+@pytest.mark.parametrize("name", ["ResNet-18, GroupNorm", "ResNet-18, BatchNorm"])
+def test_relus_and_sums_are_computed_in_place(name):
+    """All of a ResNet-18's, and none that others read; the tests of gradients cover that it changes no value."""
+    model, inputs, targets = built(name)
+    before = inputs.clone()
+    graphs = CapturedForward(lambda batch: model(batch[0]))((inputs, targets), M).run.graphs
+    targets_run = [node.target for node in graphs.run_forward.graph.nodes]
+    assert targets_run.count(torch.relu_) == 17
+    assert targets_run.count(torch.Tensor.add_) == 8
+    assert torch.equal(inputs, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "overwritten"),
+    [
+        (lambda x, y: (x @ y.T).relu() + x @ y.T, 2),
+        (lambda x, y: (z := x @ y.T).relu() + z, 0),
+        (lambda x, y: x.relu() + y, 0),
+        (lambda x, y: y[:, :1] + x @ y.T, 1),
+        (lambda x, y: x.sum(1) + x @ y.T, 1),
+        (lambda x, y: torch.add(x, x @ y.T, alpha=2), 0),
+        (lambda x, y: (x @ y.T).double() + x @ y.T, 0),
+    ],
+)
+def test_what_is_still_read_is_not_overwritten(change, overwritten):
+    x, y = torch.randn(6, 6), torch.randn(6, 6)
+    own = make_fx(change, tracing_mode="fake")(x, y)
+    graph = compute_in_place(own)
+    before = x.clone(), y.clone()
+    in_place = (torch.relu_, torch.Tensor.add_)
+    assert sum(node.target in in_place for node in graph.graph.nodes) == overwritten
+    assert torch.equal(graph(x, y), change(x, y))
+    assert torch.equal(x, before[0])
+    assert torch.equal(y, before[1])
 
 
 def test_microbatches_add_up_and_their_number_may_be_one():
