@@ -121,7 +121,8 @@ class CapturedForward:
         Raises:
             UnsupportedError: If the model cannot be captured, or its activations not be sliced.
         """
-        leaves = []
+        leaves: list[torch.Tensor] = []
+        per_sample: list[torch.Tensor] = []
         self._recording.num_samples = num_samples
 
         def mark(leaf: torch.Tensor) -> torch.Tensor:
@@ -129,11 +130,11 @@ class CapturedForward:
             leaf = leaf.detach() if leaf.is_contiguous() else leaf.detach().clone()
             if leaf.dim() and len(leaf) == num_samples:
                 torch._dynamo.mark_dynamic(leaf, 0)
+                per_sample.append(leaf)
             leaves.append(leaf)
             return leaf
 
         marked = map_tensors(mark, batch)
-        per_sample = [leaf for leaf in leaves if leaf.dim() and len(leaf) == num_samples]
         sizes = self._varying_sizes(leaves)
         self.varies = bool(sizes)
         for leaf, dim in sizes:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 from torch import fx
+
+from composer_gradmatch.reuse.layout import operator_name
 
 __all__ = ["compute_in_place"]
 
@@ -35,34 +36,31 @@ def compute_in_place(forward: fx.GraphModule) -> fx.GraphModule:
     graph.output(graph.graph_copy(forward.graph, {}))
     overwritten = [(node, found) for node in graph.nodes if (found := _overwritten(node)) is not None]
     for node, argument in overwritten:
-        if _name(node) == "aten::relu":
+        if operator_name(node) == "aten::relu":
             node.target = torch.relu_
         else:
             node.target = torch.Tensor.add_
-            node.args = (argument, *(other for other in node.args if other is not argument))
+            place = node.args.index(argument)
+            node.args = (argument, *node.args[:place], *node.args[place + 1 :])
     return fx.GraphModule(forward, graph)
-
-
-def _name(node: fx.Node) -> str:
-    return node.target.name() if isinstance(node.target, torch._ops.OpOverload) else ""
 
 
 def _overwritten(node: fx.Node) -> fx.Node | None:
     """The argument whose place a node's result may take."""
-    if _name(node) not in ("aten::relu", "aten::add.Tensor") or node.kwargs:
+    if operator_name(node) not in ("aten::relu", "aten::add.Tensor") or node.kwargs:
         return None
     value: torch.Tensor = node.meta["val"]
 
-    def may_be(argument: Any) -> bool:
-        if not isinstance(argument, fx.Node) or len(argument.users) != 1:
+    def may_be(argument: fx.Node) -> bool:
+        if len(argument.users) != 1:
             return False
         source = argument.args[0] if argument.target is operator.getitem and argument.args[1] == 0 else argument
         own = argument.meta["val"]
         return (
             isinstance(source, fx.Node)
-            and _name(source) in _FRESH
+            and operator_name(source) in _FRESH
             and own.shape == value.shape
             and own.dtype == value.dtype
         )
 
-    return next((argument for argument in node.args if isinstance(argument, fx.Node) and may_be(argument)), None)
+    return next((argument for argument in node.all_input_nodes if may_be(argument)), None)

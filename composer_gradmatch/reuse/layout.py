@@ -26,7 +26,7 @@ from torch import fx
 
 from composer_gradmatch.reuse.unsupported import UndecidedError, UnsupportedError, first_line
 
-__all__ = ["Layout", "Sizes", "at", "depend_on", "determine_layouts", "is_random"]
+__all__ = ["Layout", "Sizes", "at", "depend_on", "determine_layouts", "is_random", "operator_name"]
 
 #: Symbols of sizes, and what they are in a batch.
 Sizes = tuple[tuple[sympy.Symbol, int], ...]
@@ -80,6 +80,11 @@ def at(expression: sympy.Expr, sizes: Sizes) -> int:
     if not value.is_Integer:
         raise UnsupportedError(f"the size {expression} is not known by what the forward pass is called with")
     return int(value)
+
+
+def operator_name(node: fx.Node) -> str:
+    """The full name of the operator that a node calls; empty where it calls none."""
+    return node.target.name() if isinstance(node.target, torch._ops.OpOverload) else ""
 
 
 def is_random(node: fx.Node) -> bool:
@@ -143,10 +148,8 @@ def _given(node: fx.Node, name: str) -> Any:
 
 def _normalises_by_batch(node: fx.Node, batch: sympy.Symbol) -> bool:
     """Whether a node is batch normalisation in training; that of instances has statistics of each sample."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or "batch_norm" not in target.name():
-        return False
-    if any(evaluation in target.name() for evaluation in ("no_training", "no_update")):
+    name = operator_name(node)
+    if "batch_norm" not in name or any(evaluation in name for evaluation in ("no_training", "no_update")):
         return False
     return _given(node, "training") is not False and not _candidates(node.meta["val"][1], batch)
 
@@ -244,7 +247,7 @@ class _Probe:
         if is_random(node):
             halves = [self._call(node, half) for half in self.halves]
             self.give(node, halves, self._joined(node, halves))
-        elif isinstance(node.target, torch._ops.OpOverload) and "empty" in node.target.name():
+        elif "empty" in operator_name(node):
             # Whatever it holds is not read, but must not be told apart, either.
             self.give(
                 node, [self._call(node, half).zero_() for half in self.halves], self._call(node, self.both).zero_()

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from composer_gradmatch.reuse.in_place import compute_in_place
 from composer_gradmatch.reuse.inductor import InductorGraph
-from composer_gradmatch.reuse.layout import Layout, Sizes, at, depend_on, determine_layouts, is_random
+from composer_gradmatch.reuse.layout import Layout, Sizes, at, depend_on, determine_layouts, is_random, operator_name
 from composer_gradmatch.reuse.unsupported import UnsupportedError
 
 __all__ = ["Graphs", "Run"]
@@ -114,7 +114,7 @@ class Graphs:
             if node.op == "call_function" and not node.users and not _changes_something(node):
                 module.graph.erase_node(node)
         for node in module.graph.nodes:
-            if isinstance(node.target, torch._ops.OpOverload) and node.target.name() == "aten::view":
+            if operator_name(node) == "aten::view":
                 node.target = torch.reshape  # The picks' part of a tensor need not have its strides.
             if node.op == "call_function" and is_random(node):
                 raise UnsupportedError(f"its backward pass draws random numbers ({node.target})")

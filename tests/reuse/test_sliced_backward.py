@@ -166,6 +166,7 @@ def test_relus_and_sums_are_computed_in_place(name):
         (lambda x, y: (x @ y.T).relu() + x @ y.T, 2),
         (lambda x, y: (z := x @ y.T).relu() + z, 0),
         (lambda x, y: x.relu() + y, 0),
+        (lambda x, y: (z := x @ y.T) + z, 1),
         (lambda x, y: y[:, :1] + x @ y.T, 1),
         (lambda x, y: x.sum(1) + x @ y.T, 1),
         (lambda x, y: torch.add(x, x @ y.T, alpha=2), 0),
