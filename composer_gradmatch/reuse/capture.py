@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from composer_gradmatch.batches import map_tensors
 from composer_gradmatch.reuse.sliced_backward import Graphs, Run
-from composer_gradmatch.reuse.unsupported import UnsupportedError, first_line
+from composer_gradmatch.reuse.unsupported import UnsupportedError, first_line, unwrapped
 
 __all__ = ["CapturedForward", "Pass"]
 
@@ -97,15 +97,19 @@ class CapturedForward:
         self.varying = False
         self._compiled = self._compile()
 
-    def _compile(self) -> Callable[[Any, list[torch.Tensor]], tuple[Any, list[torch.Tensor]]]:
+    def _compile(self) -> Callable[[Any, list[torch.Tensor], tuple[Any, ...]], tuple[Any, list[torch.Tensor]]]:
         forward, seen = self._forward, self._seen
 
-        def traced(batch: Any, per_sample: list[torch.Tensor]) -> tuple[Any, list[torch.Tensor]]:
+        def traced(
+            batch: Any, per_sample: list[torch.Tensor], autocast: tuple[str, torch.dtype, bool]
+        ) -> tuple[Any, list[torch.Tensor]]:
             seen.clear()
             # Each comes with a symbol of its own, and models need not compare them.
             for one, other in itertools.pairwise(per_sample):
                 assert len(one) == len(other)
-            return forward(batch), list(seen)
+            device, dtype, enabled = autocast
+            with torch.autocast(device, dtype, enabled):
+                return forward(batch), list(seen)
 
         # Dynamo keeps and counts what it has compiled by code object, which all functions made here would share.
         own = FunctionType(
@@ -117,6 +121,9 @@ class CapturedForward:
 
     def __call__(self, batch: Any, num_samples: int) -> Pass:
         """Runs the forward pass over ``num_samples`` samples; buffers and generators change as in any forward pass.
+
+        Where autocast is on, it is of the forward pass only: backward, the parts of a model that turn it off are in
+        full precision, as they are where ``loss.backward()`` is called outside of it.
 
         Raises:
             UnsupportedError: If the model cannot be captured, or its activations not be sliced.
@@ -139,6 +146,8 @@ class CapturedForward:
         self.varies = bool(sizes)
         for leaf, dim in sizes:
             torch._dynamo.maybe_mark_dynamic(leaf, dim)
+        device = leaves[0].device.type if leaves else "cpu"
+        autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         recording = self._recording
         recording.run = None
         handle = None if self._layer is None else self._layer.register_forward_pre_hook(self._watch)
@@ -153,12 +162,14 @@ class CapturedForward:
             "cache_size_limit": limit,
         }
         try:
-            with torch.enable_grad(), warnings.catch_warnings(), torch._dynamo.config.patch(settings):
-                warnings.simplefilter("ignore")
-                outputs, seen = self._compiled(marked, per_sample)
-            if recording.run is None:
-                raise UnsupportedError("its forward pass has no gradient")
-            return self._finish(outputs, seen, leaves)
+            # The graphs are traced and run without autocast around them: they have its casts in them.
+            with torch.autocast(device, enabled=False):
+                with torch.enable_grad(), warnings.catch_warnings(), torch._dynamo.config.patch(settings):
+                    warnings.simplefilter("ignore")
+                    outputs, seen = self._compiled(marked, per_sample, autocast)
+                if recording.run is None:
+                    raise UnsupportedError("its forward pass has no gradient")
+                return self._finish(outputs, seen, leaves)
         except UnsupportedError:
             raise
         except Exception as error:
@@ -167,7 +178,7 @@ class CapturedForward:
                     f"it would have to be captured more than {limit} times: sizes, or numbers that its forward pass "
                     "reads, change between steps (a number that is held in a buffer may)"
                 ) from error
-            inner = getattr(error, "inner_exception", error)  # Dynamo wraps what its backend raises.
+            inner = unwrapped(error)
             if isinstance(inner, UnsupportedError):
                 raise inner from None
             if isinstance(inner, torch.OutOfMemoryError):

@@ -11,7 +11,7 @@ from torch import fx
 from torch._dynamo.eval_frame import remove_from_cache
 from torch._dynamo.exc import TorchDynamoException
 
-from composer_gradmatch.reuse.unsupported import first_line
+from composer_gradmatch.reuse.unsupported import first_line, unwrapped
 
 __all__ = ["InductorGraph"]
 
@@ -44,6 +44,5 @@ class InductorGraph:
             with torch._dynamo.config.patch(automatic_dynamic_shapes=True):
                 return self._compiled(*detached)
         except TorchDynamoException as error:
-            inner = getattr(error, "inner_exception", error)
-            self.failure = first_line(inner)
+            self.failure = first_line(unwrapped(error))
             return self._module(*args)

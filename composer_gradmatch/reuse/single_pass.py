@@ -322,19 +322,21 @@ class SinglePass:
         def reference() -> tuple[Any, bool]:
             """What the model itself returns, and whether that is of the picks alone."""
             self._rewind()
-            with picks_normalised_by_all(self.model, self._picks) as mixed:
+            with picks_normalised_by_all(self.model, self._picks) as mixed, precision():
                 alone = not mixed and not random
                 return self._own(self._inputs(self._picked if alone else self._batch)), alone
 
         def gradients(outputs: Any, alone: bool = True) -> tuple[torch.Tensor | None, ...]:
-            each = losses(self._completed(outputs if alone else rows(outputs), self._picked), self._picked)
+            with precision():
+                each = losses(self._completed(outputs if alone else rows(outputs), self._picked), self._picked)
+            # As the Trainer does, outside of autocast.
             return torch.autograd.grad((each * weights.to(each)).sum(), parameters, allow_unused=True)
 
         def rounded() -> tuple[torch.Tensor | None, ...]:
             with rounded_parameters(parameters, low):
                 return gradients(*reference())
 
-        with precision(), torch.enable_grad():
+        with torch.enable_grad():
             found = gradients(self._pass.rows(self._picks))
             self._pass = None  # The activations of two forward passes need not be held at once.
             whole, alone = reference()
@@ -350,7 +352,8 @@ class SinglePass:
             del whole, own
             check_gradients(found, expected, low, rounded)
             if self._adds_loss:
-                self._check_loss(outputs)
+                with precision():
+                    self._check_loss(outputs)
 
     def _own(self, batch: Any) -> Any:
         """What the model returns, uncompiled: Inductor draws other random numbers."""

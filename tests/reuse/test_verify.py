@@ -9,8 +9,8 @@ from composer_gradmatch.reuse.unsupported import UnsupportedError
 from composer_gradmatch.reuse.verify import check_gradients, rounded_parameters
 
 
-def gradients_of(parameters, scale=1.0):
-    return [torch.full((3,), scale * parameter) for parameter in parameters]
+def gradients_of(parameters):
+    return [torch.full((3,), parameter) for parameter in parameters]
 
 
 @pytest.mark.parametrize("wrong", [1.0, 1e-2])
