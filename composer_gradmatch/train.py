@@ -123,7 +123,7 @@ def _run_folder(config: dict[str, Any], run_name: str) -> Path | None:
 
 
 def _prepare_run_folder(config: dict[str, Any], folder: Path) -> None:
-    """Refuses a folder that holds another run, and saves the resolved config in it."""
+    """Makes a run's folder; refuses one that holds another run."""
     taken = folder.is_dir() and any(path.name == "config.yaml" or path.suffix == ".pt" for path in folder.iterdir())
     if taken and not (config.get("autoresume") or config.get("save_overwrite")):
         raise ConfigError(
@@ -133,7 +133,6 @@ def _prepare_run_folder(config: dict[str, Any], folder: Path) -> None:
     dist.barrier()
     if dist.get_global_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
 
 
 def _with_log_file(loggers: dict[str, Any] | None, folder: Path | None) -> dict[str, Any]:
@@ -195,7 +194,7 @@ def build_trainer(config: dict[str, Any], summary: RunSummary | None = None) -> 
     folder = _run_folder(config, run_name)
     loggers = build_entries("logger", _with_log_file(config.get("loggers"), folder))
     if folder is not None:
-        _prepare_run_folder({**config, "run_name": run_name, "seed": seed}, folder)
+        _prepare_run_folder(config, folder)
     arguments: dict[str, Any] = {
         "device_train_microbatch_size": batch_size,
         **({} if eval_loader is None else {"eval_interval": "1ep"}),
@@ -205,7 +204,7 @@ def build_trainer(config: dict[str, Any], summary: RunSummary | None = None) -> 
         "seed": seed,
         "device": device,
     }
-    return Trainer(
+    trainer = Trainer(
         model=model,
         train_dataloader=train_loader,
         eval_dataloader=eval_loader,
@@ -218,6 +217,11 @@ def build_trainer(config: dict[str, Any], summary: RunSummary | None = None) -> 
         save_folder=None if folder is None else str(folder),
         **arguments,
     )
+    # Only now: what could not be built holds no run, and may be tried again.
+    if folder is not None and dist.get_global_rank() == 0:
+        resolved = {**config, "run_name": run_name, "seed": seed}
+        (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+    return trainer
 
 
 def _generated_run_name() -> str:

@@ -66,6 +66,12 @@ def test_the_resolved_config_and_checkpoints_are_in_the_run_folder(tmp_path):
         train(short(tmp_path))
 
 
+def test_a_run_that_could_not_be_built_leaves_its_folder_free(tmp_path):
+    with pytest.raises(ValueError, match="not supported for CPU"):
+        train(short(tmp_path, "precision=amp_bf16", "device=cpu"))
+    train(short(tmp_path))
+
+
 def test_a_resumed_run_ends_as_the_uninterrupted_one_and_its_table_covers_both_parts(tmp_path, capfd):
     whole = train(short(tmp_path / "a", "max_duration=8ba"))
     table = capfd.readouterr().out
