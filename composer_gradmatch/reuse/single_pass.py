@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, MutableMapping
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -292,19 +293,14 @@ class SinglePass:
                 raise
         self._pass = None
         self._rewind()
-
-        @contextmanager
-        def full() -> Iterator[None]:
-            with torch.autocast(device, enabled=False):
-                yield
-
+        full = partial(torch.autocast, device, enabled=False)
         with full():
             forward = CapturedForward(self._uncompiled or self.model.forward)
             self._pass = forward(self._inputs(self._batch), self._num_samples)
         self._compare_in(full, weights, losses)
 
     def _compare_in(
-        self, precision: Callable[[], AbstractContextManager[None]], weights: torch.Tensor, losses: Losses
+        self, precision: Callable[[], AbstractContextManager[Any]], weights: torch.Tensor, losses: Losses
     ) -> None:
         """Compares outputs and gradients in a precision.
 
