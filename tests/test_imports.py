@@ -18,7 +18,10 @@ MEASURED = {"batches", "gradmatch", "last_layer", "selection_pass", "spans"}
 MAY_IMPORT: dict[str, set[str]] = {
     "matching": {"solvers"},
     "solvers": {"solvers"},
-    "batches": set(),
+    "nests": set(),
+    "sample_leaves": {"nests"},
+    "picked_rows": {"nests", "sample_leaves"},
+    "batches": {"nests", "picked_rows", "sample_leaves"},
     "position_gram": set(),
     "last_layer": {"position_gram"},
     "layer_gradients": {"last_layer", "position_gram"},
