@@ -246,7 +246,10 @@ def _length_at_keys(batch: Any, input_key: Any, target_key: Any) -> int:
 def _agreed(possible: Sequence[list[int] | None]) -> list[int]:
     """The lengths that all have among theirs, in the order of the first."""
     first, *others = possible or [[]]
-    return [n for n in first or [] if all(other is not None and n in other for other in others)]
+    common = first or []
+    for other in others:
+        common = [n for n in common if other is not None and n in other]
+    return common
 
 
 def _lengths(value: Any) -> list[int] | None:
@@ -274,16 +277,13 @@ def _rows_of(leaf: Any, indices: torch.Tensor | slice, at: Sequence[int] | slice
             return leaf.index_select(0, torch.tensor(chosen, device=leaf.device))
         parts = leaf.unbind()
         return torch.nested.as_nested_tensor([parts[i] for i in chosen], layout=leaf.layout)
-    if isinstance(indices, slice):
-        if hasattr(leaf, "iloc"):
-            return leaf.iloc[indices]
-        return leaf[indices] if is_array(leaf) else resized(leaf, list(leaf)[indices])
     if isinstance(leaf, torch.Tensor):
-        return leaf[indices.to(leaf.device)]
-    if isinstance(leaf, np.ndarray):
-        return leaf[np.asarray(at)]
-    table: Any = leaf
-    return table.iloc[at] if hasattr(leaf, "iloc") else resized(leaf, [table[i] for i in at])
+        return leaf[indices if isinstance(indices, slice) else indices.to(leaf.device)]
+    if hasattr(leaf, "iloc"):
+        return leaf.iloc[at]
+    if isinstance(at, slice):
+        return leaf[at] if isinstance(leaf, np.ndarray) else resized(leaf, list(leaf)[at])
+    return leaf[np.asarray(at)] if isinstance(leaf, np.ndarray) else resized(leaf, [leaf[i] for i in at])
 
 
 def _copied(leaf: Any) -> Any:

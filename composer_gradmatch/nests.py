@@ -94,22 +94,28 @@ def map_nest(
         twins (bool, optional): Whether a container that is in the nest twice is in the new one twice. Default:
             ``True``; otherwise its leaves are visited twice.
     """
-    made: dict[tuple[int, Any], Any] = {}
-    inside: set[int] = set()
+    return _Mapping(function, stops, twins).of(value, "")
 
-    def mapped(value: Any, name: str) -> Any:
-        parts = None if name in stops or id(value) in inside else children(value)
+
+class _Mapping:
+    """One run of :func:`map_nest`; a function that calls itself would keep what it has made until a collection."""
+
+    def __init__(self, function: Callable[[str, Any], Any], stops: Collection[str], twins: bool) -> None:
+        self.function, self.stops, self.twins = function, stops, twins
+        self.made: dict[tuple[int, Any], Any] = {}
+        self.inside: set[int] = set()
+
+    def of(self, value: Any, name: str) -> Any:
+        parts = None if name in self.stops or id(value) in self.inside else children(value)
         if parts is None:
-            return function(name, value)
-        below = tuple(stop[len(name) :] for stop in stops if stop.startswith(name)) if stops else ()
-        if not twins or (id(value), below) not in made:
-            inside.add(id(value))
-            new = rebuild(value, [(key, mapped(item, join(name, key))) for key, item in parts])
-            inside.discard(id(value))
-            made[id(value), below] = new
-        return made[id(value), below]
-
-    return mapped(value, "")
+            return self.function(name, value)
+        # Twins may be leaves at one name and not at the other.
+        twin = id(value), tuple(stop[len(name) :] for stop in self.stops if stop.startswith(name))
+        if not self.twins or twin not in self.made:
+            self.inside.add(id(value))
+            self.made[twin] = rebuild(value, [(key, self.of(item, join(name, key))) for key, item in parts])
+            self.inside.discard(id(value))
+        return self.made[twin]
 
 
 def rebuild(value: Any, parts: list[tuple[Any, Any]]) -> Any:

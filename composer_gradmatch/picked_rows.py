@@ -20,13 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
-from composer_gradmatch.nests import children, is_array, is_sequence, named_leaves, resized
+from composer_gradmatch.nests import is_array, is_sequence, named_leaves, resized
+from composer_gradmatch.row_codes import VALUES, as_tensor, codes_of_objects, codes_of_tensors, is_equal, rows_in_memory
 from composer_gradmatch.sample_leaves import length, sample_names
 
 __all__ = ["ContradictionError", "RowRecord", "find_rows", "match_rows"]
@@ -183,14 +183,14 @@ def find_rows(microbatch: Any, batch: Any, num_samples: int, read: Sequence[bool
         if not matters:
             continue
         if not whole.dim() or len(whole) != num_samples:
-            if part is not whole and not _equal(part, whole):
+            if part is not whole and not is_equal(part, whole):
                 return None
             continue
-        rows = _rows_in_memory(part, whole) if part.shape[1:] == whole.shape[1:] else None
+        rows = rows_in_memory(part, whole) if part.shape[1:] == whole.shape[1:] else None
         if rows is not None and (found is None or rows == found):
             found = rows
             continue
-        codes = _codes(part, whole) if part.shape[1:] == whole.shape[1:] else None
+        codes = codes_of_tensors(part, whole) if part.shape[1:] == whole.shape[1:] else None
         if codes is None or (same is not None and len(part) != len(same)):
             return None
         equal = codes[0][:, None] == codes[1]
@@ -296,49 +296,21 @@ def _rows_by_identity(record: RowRecord, name: str, part: Any, fresh: bool) -> l
     if isinstance(whole, np.ndarray):
         if not fresh or not isinstance(part, np.ndarray):
             return None  # Arrays have no version that tells of changes.
-        part, whole = _as_tensor(part), _as_tensor(whole)
+        part, whole = as_tensor(part), as_tensor(whole)
     if not isinstance(part, torch.Tensor) or not isinstance(whole, torch.Tensor):
         return None
     if not fresh and whole._version != record.versions[name]:
         return None
-    return list(range(record.num_rows)) if part is whole else _rows_in_memory(part, whole)
+    return list(range(record.num_rows)) if part is whole else rows_in_memory(part, whole)
 
 
 def _rows_of_objects(part: Any, whole: Any) -> list[int] | None:
     """Rows of a list of samples' values that are objects, each in it once."""
     at = {id(item): i for i, item in enumerate(whole)}
-    if len(at) != len(whole) or any(isinstance(item, _VALUES) for item in whole):
+    if len(at) != len(whole) or any(isinstance(item, VALUES) for item in whole):
         return None
     rows = [at.get(id(item), -1) for item in part]
     return None if -1 in rows or not rows else rows
-
-
-def _rows_in_memory(part: torch.Tensor, whole: torch.Tensor) -> list[int] | None:
-    """Which rows of ``whole`` a view shows, whole ones or the same part of each; None if it is no such view."""
-    if part.device != whole.device or part.dtype != whole.dtype or not part.dim() or not part.numel():
-        return None
-    if not (_has_memory(part) and _has_memory(whole)) or not whole.numel() or whole.stride(0) == 0:
-        return None
-    if part.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr() and part.device.type == "meta":
-        return None
-    size, stride, n = whole.element_size(), whole.stride(0), len(part)
-    first, offset = divmod((part.data_ptr() - whole.data_ptr()) // size, stride)
-    step, remainder = divmod(part.stride(0), stride) if n > 1 else (0, 0)
-    like = part.shape[1:] == whole.shape[1:] and part.stride()[1:] == whole.stride()[1:]
-    inside = stride >= _span(whole) >= offset + _span(part)
-    last = first + step * (n - 1)
-    if remainder or not ((like and not offset) or inside) or first < 0 or last >= len(whole):
-        return None
-    return [first + step * i for i in range(n)]
-
-
-def _span(tensor: torch.Tensor) -> int:
-    """How many elements of memory a row reaches over."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
-
-
-def _has_memory(tensor: torch.Tensor) -> bool:
-    return tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type != "meta"
 
 
 def _check_agrees(record: RowRecord, name: str, part: Any, rows: list[int]) -> None:
@@ -358,7 +330,7 @@ def _tells(leaf: Any) -> bool:
     """Whether equal rows of a leaf are the same sample's: a single number (a label) may be changed to another's."""
     if is_array(leaf):
         return leaf.ndim > 1 and leaf[0].size != 1 if isinstance(leaf, np.ndarray) else leaf[:1].numel() > 1
-    return not any(isinstance(item, _VALUES) for item in leaf)
+    return not any(isinstance(item, VALUES) for item in leaf)
 
 
 def _codes_of(record: RowRecord, name: str, part: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -376,86 +348,11 @@ def _codes_of(record: RowRecord, name: str, part: Any) -> tuple[torch.Tensor, to
     elif changed and isinstance(whole, torch.Tensor):
         return None
     if is_sequence(whole) or (isinstance(whole, np.ndarray) and whole.dtype.kind not in "biufc"):
-        return _codes_of_objects(list(part), list(whole)) if is_sequence(part) or is_array(part) else None
-    part, whole = _as_tensor(part), _as_tensor(whole)
+        return codes_of_objects(list(part), list(whole)) if is_sequence(part) or is_array(part) else None
+    part, whole = as_tensor(part), as_tensor(whole)
     if not isinstance(part, torch.Tensor) or not isinstance(whole, torch.Tensor):
         return None
-    return _codes(part, whole)
-
-
-def _codes_of_objects(part: list[Any], whole: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    numbers: dict[Any, int] = {}
-    recorded = [numbers.setdefault(_value(item), len(numbers)) for item in whole]
-    now = [numbers.get(_value(item), -1) for item in part]
-    return torch.tensor(now), torch.tensor(recorded)
-
-
-def _value(item: Any) -> Any:
-    """Something hashable that is equal where two samples' values are."""
-    if is_array(item):
-        tensor = _as_tensor(item)
-        if not isinstance(tensor, torch.Tensor):
-            return ("array", item.shape, *map(_value, item.flatten().tolist()))
-        return ("tensor", tensor.dtype, tuple(tensor.shape), int(_row_codes(tensor[None])))
-    parts = children(item)
-    if parts is not None:
-        return (type(item), *((key, _value(value)) for key, value in parts))
-    if item != item:
-        return "nan"
-    try:
-        hash(item)
-    except TypeError:
-        return ("object", id(item))
-    return ("value", item)
-
-
-def _codes(part: torch.Tensor, whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Codes on the CPU that are equal where rows are; of a part of each row, where ``part`` is a leading one."""
-    if part.dtype != whole.dtype or part.dim() != whole.dim() or not part.dim():
-        return None
-    if not (_has_memory(part) and _has_memory(whole)):
-        return None
-    if part.shape[1:] != whole.shape[1:]:
-        if any(one > other for one, other in zip(part.shape[1:], whole.shape[1:], strict=True)):
-            return None
-        whole = whole[(slice(None), *(slice(size) for size in part.shape[1:]))]
-    return _row_codes(part).cpu(), _row_codes(whole).cpu()
-
-
-def _row_codes(tensor: torch.Tensor) -> torch.Tensor:
-    """A number for each row: products with fixed random integers, modulo 2⁶⁴, of the elements' bits."""
-    flat = tensor.detach()
-    if flat.is_complex():
-        flat = torch.view_as_real(flat.resolve_conj())
-    flat = flat.reshape(len(flat), -1)
-    if flat.is_floating_point() and flat.element_size() > 1:
-        flat = (flat + 0.0).masked_fill(flat.isnan(), float("nan"))  # -0.0 becomes 0.0, and NaNs one NaN.
-        flat = flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
-    elif flat.is_floating_point():
-        flat = flat.view(torch.uint8)
-    return (flat.long() * _multipliers(flat.shape[1], flat.device)).sum(1)
-
-
-@lru_cache(maxsize=32)
-def _multipliers(number: int, device: torch.device) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0x9E3779B9)
-    return torch.randint(-(2**63), 2**63 - 1, (number,), generator=generator, dtype=torch.int64).to(device)
-
-
-def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    return torch.equal(one, other) or bool(((one == other) | ((one != one) & (other != other))).all())
-
-
-def _as_tensor(leaf: Any) -> Any:
-    """An array of numbers as a tensor of the same memory."""
-    if not isinstance(leaf, np.ndarray) or leaf.dtype.kind not in "biufc" or min(leaf.strides, default=0) < 0:
-        return leaf
-    try:
-        return torch.from_numpy(leaf)
-    except TypeError:
-        return leaf
+    return codes_of_tensors(part, whole)
 
 
 def _leaves(batch: Any, names: Collection[str] | None, num_rows: int = 0) -> dict[str, Any]:
@@ -472,9 +369,6 @@ def _versions(leaves: Mapping[str, Any]) -> dict[str, int]:
 def _tensors(batch: Any) -> list[torch.Tensor]:
     return [leaf for _, leaf in named_leaves(batch) if isinstance(leaf, torch.Tensor)]
 
-
-#: Values that two samples may share without being the same.
-_VALUES = (str, bytes, int, float, complex, bool, type(None), np.generic)
 
 _UNKNOWN = (
     "Cannot tell which of the picked samples a microbatch holds, so their weights cannot reach the loss: the "

@@ -77,15 +77,30 @@ def _read(value: Any, name: str, num_samples: int, whole: Set[str]) -> list[tupl
     parts = children(value)
     if parts is None or (name in whole and not holds_arrays(value)):
         return [(name, value, length(value))]
+    as_samples = len(parts) == num_samples and name not in whole and is_sequence(value)
+    if as_samples and _are_samples(value, num_samples):
+        return [(name, value, num_samples)]
     leaves = [leaf for key, item in parts for leaf in _read(item, join(name, key), num_samples, whole)]
     if not is_sequence(value):
         return leaves if isinstance(value, Mapping) or not hasattr(value, "__len__") else [*leaves, (name, value, None)]
     inner = [n for _, leaf, n in leaves if leaf is not _PARTS and (n is not None or is_array(leaf))]
-    if len(value) == num_samples and name not in whole:
+    if as_samples:
         return leaves if _is_nest(value, name, inner, num_samples, whole) else [(name, value, num_samples)]
     if inner and (holds_arrays(value) or all(n == num_samples for n in inner)):
         return [*leaves, (name, _PARTS, len(value))]
     return [(name, value, len(value))]
+
+
+def _are_samples(value: Any, num_samples: int) -> bool:
+    """Whether the first item and the kinds of the others show that a list of length M is no nest."""
+    first, *others = value
+    if isinstance(first, str | int | float):
+        return all(isinstance(item, str | int | float) for item in others)
+    kind = _kind(first)
+    if any(_kind(item) != kind for item in others):
+        return False
+    lengths = [n for _, leaf, n in _read(first, "", num_samples, frozenset()) if n is not None or is_array(leaf)]
+    return any(n != num_samples for n in lengths)
 
 
 def _is_nest(value: Any, name: str, inner: list[int | None], num_samples: int, whole: Set[str]) -> bool:
@@ -138,8 +153,8 @@ def _check_pickable(leaf: Any, name: str, num_samples: int) -> None:
         return
     if any(length(item) == num_samples for _, item in children(leaf) or ()):
         return
+    where = f" ({name})" if name else ""
     raise ValueError(
-        f"The batch holds {num_samples} samples in a {type(leaf).__name__}{f' ({name})' if name else ''}, from which they "
-        "cannot be picked. Let the data set's collate function return tensors, arrays or lists, in tuples, dicts or "
-        "objects with attributes."
+        f"The batch holds {num_samples} samples in a {type(leaf).__name__}{where}, from which they cannot be picked. "
+        "Let the data set's collate function return tensors, arrays or lists, in tuples, dicts or objects."
     )
