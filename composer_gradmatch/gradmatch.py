@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch._functorch.config
 from composer.algorithms import LabelSmoothing
 from composer.core import Algorithm, Event, Precision, State
-from composer.loggers import Logger
 from torch import nn
 
-from composer_gradmatch.batches import count_samples, take_samples, tensor_leaves
+from composer_gradmatch.batches import copy_batch, tensor_leaves
 from composer_gradmatch.last_layer import (
     OutputLayerTap,
     find_output_layer,
@@ -21,10 +21,12 @@ from composer_gradmatch.last_layer import (
     watch_linears,
 )
 from composer_gradmatch.layer_gradients import LayerGradients, gram_of_all
-from composer_gradmatch.losses import LossFn, check_unit_weights
+from composer_gradmatch.losses import LossFn, check_objective
 from composer_gradmatch.match import Match, match_mean_gradient, match_on_device
 from composer_gradmatch.matching import Solver, check_solver
-from composer_gradmatch.selection_pass import check_scale_factor, no_trace, scale_inputs, unwrap
+from composer_gradmatch.sample_checks import Rows, check_independence, normalised_by_running_statistics
+from composer_gradmatch.schedule import Clock
+from composer_gradmatch.selection_pass import Generators, check_scale_factor, no_trace, scale_inputs, unwrap
 from composer_gradmatch.spans import span
 from composer_gradmatch.subset_backprop import Selection, WholeBatch
 from composer_gradmatch.two_pass_backprop import TwoPassBackprop
@@ -170,6 +172,8 @@ class GradMatch(TwoPassBackprop):
             ``None`` for the training step's. Default: ``None``.
         reuse_activations (bool, optional): Whether to make one forward pass instead of two; see
             :class:`.TwoPassBackprop`. Default: ``False``.
+        clock (str, optional): ``"batch"`` counts batches within an epoch, too, for ``start`` and ``end``; see
+            :class:`.SubsetBackprop`. Default: ``"duration"``.
 
     Raises:
         TypeError: At INIT, if the model's loss cannot give per-sample values.
@@ -208,6 +212,7 @@ class GradMatch(TwoPassBackprop):
         selection_microbatch_size: int | str | None = None,
         selection_precision: str | Precision | None = None,
         reuse_activations: bool = False,
+        clock: Clock = "duration",
     ) -> None:
         super().__init__(
             start,
@@ -221,6 +226,7 @@ class GradMatch(TwoPassBackprop):
             selection_microbatch_size,
             selection_precision,
             reuse_activations,
+            clock,
         )
         if output_layer is not None and not isinstance(output_layer, str | nn.Module):
             raise TypeError(f"output_layer must be a dotted name, a module or None, got {output_layer!r}.")
@@ -228,15 +234,12 @@ class GradMatch(TwoPassBackprop):
         self.output_layer = output_layer
         self.solver: Solver = solver
         self.ridge, self.tolerance = ridge, tolerance
+
+    def _reset_fit(self) -> None:
+        super()._reset_fit()
+        # Algorithms may have replaced modules since the last one.
         self._layer: nn.Linear | None = None
         self._changed_in_place = False
-
-    def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Runs the part of the algorithm that belongs to an event: see :class:`.Algorithm`."""
-        if event == Event.FIT_START:
-            # Algorithms may have replaced modules since.
-            self._layer, self._changed_in_place = None, False
-        super().apply(event, state, logger)
 
     def _check_setup(self, state: State) -> None:
         super()._check_setup(state)
@@ -259,7 +262,8 @@ class GradMatch(TwoPassBackprop):
 
     def _check_order(self, state: State) -> None:
         super()._check_order(state)
-        self._check_loss_order(state, Algorithm)
+        if not self.ordered_first:
+            self._check_loss_order(state, Algorithm)
 
     def _check_loss_order(self, state: State, kind: type[Algorithm]) -> None:
         """Raises if an algorithm of a kind would undo its change of the loss before the samples are weighted."""
@@ -284,30 +288,69 @@ class GradMatch(TwoPassBackprop):
                     self._layer = observe_output_layer(model, scale_inputs(batch, self.input_key, self.scale_factor))
         return self._layer
 
-    def _few(self, state: State) -> tuple[Any, int]:
-        """Some samples of the batch, for what takes more memory than selection does, and their number."""
-        num_samples = count_samples(state.batch, self.input_key, self.target_key)
-        few = min(self._selection_size(state, num_samples), max(8, self._ghost_batch_size))
-        return take_samples(state.batch, slice(few), num_samples), few
+    weighs_samples = True
+    _remedy_for_rows = (
+        "Gradient matching needs the samples first, in the batch's order, in the inputs and the outputs of its output "
+        "layer and in the losses. Pass another output_layer, or put them there; RandomBackprop looks at nothing."
+    )
 
     def _rehearse(self, state: State, num_samples: int, num_picks: int) -> None:
-        """Also selects, and compares the weighted loss with the model's own."""
-        super()._rehearse(state, num_samples, num_picks)
+        """Also shows that the weighted loss is the model's own, its samples weighted."""
         # A compiled model's graph could otherwise not be kept for the second backward pass of the comparison.
         with torch._functorch.config.patch(donated_buffer=False):
-            self._match(state, num_samples, num_picks)
-            self._compare_losses(state)
+            super()._rehearse(state, num_samples, num_picks)
+            batch, few = self._few(state)
+            parts = [torch.arange(few)]
+            if few // 2 >= max(2, self._ghost_batch_size):
+                parts += [torch.arange(few // 2), torch.arange(few // 2, few)]
+            if few > 1 and state.device_train_microbatch_size == 1:
+                parts += torch.arange(few).split(1)[:4]
+            for part in parts:
+                self._check_objective(state, self._take(batch, part, few), len(part))
 
-    def _compare_losses(self, state: State) -> None:
-        """Shows that the weighted loss is the model's own one, its samples weighted."""
+    def _check_objective(self, state: State, batch: Any, num_samples: int) -> None:
         model = unwrap(state.model)
-        batch, n = self._few(state)
-        with OutputLayerTap(self._output_layer(state)).open() as tap:
-            outputs, losses = self._forward(state, batch, n)
+        with (
+            self._no_trace(state),
+            normalised_by_running_statistics(model) if num_samples == 1 else nullcontext(),
+            OutputLayerTap(self._output_layer(state)).open() as tap,
+        ):
             with self._precision(state):
                 batch = scale_inputs(batch, self.input_key, self.scale_factor)
+                outputs = self._outputs_of(model, batch)
+                before = Generators.now()
+                losses = self._losses_of(model, outputs, copy_batch(batch), num_samples)
+                self._loss_draws |= not before.is_now()
+                before.restore()
                 own_loss: Any = model.loss(outputs, batch)  # type: ignore[operator]
-            check_unit_weights(losses, own_loss, tap.leaf)
+            # Before the context puts back what these graphs have saved.
+            check_objective(losses, own_loss, tap.leaf, self._scale)
+            mixed = check_independence(losses, tap.leaf) is not None
+        if mixed:
+            raise ValueError(
+                "The loss of a sample depends on the outputs of other samples (a contrastive loss over the batch, or "
+                "batch normalisation behind the output layer), so that a subset's weighted losses do not stand for the "
+                "minibatch's. Use RandomBackprop; or pass as output_layer the last layer in front of what mixes the "
+                "samples and, as loss_fn, a loss of each sample on its own."
+            )
+
+    def _look(self, state: State, num_samples: int, num_picks: int) -> None:
+        self._match(state, num_samples, num_picks)
+
+    def _rows_of(self, state: State, batch: Any, num_samples: int) -> Rows:
+        layer = self._output_layer(state)
+
+        def rows(samples: torch.Tensor) -> dict[str, torch.Tensor]:
+            with (
+                self._no_trace(state),
+                normalised_by_running_statistics(unwrap(state.model)),
+                OutputLayerTap(layer).open() as tap,
+            ):
+                _, losses = self._forward(state, self._take(batch, samples, num_samples), num_samples)
+                inputs, grads = tap.inputs_and_grads(losses)
+            return {"the output layer's inputs": inputs, "its outputs' gradients": grads, "the losses": losses.detach()}
+
+        return rows
 
     def _match(self, state: State, num_samples: int, num_picks: int) -> Match | WholeBatch | None:
         layer = self._output_layer(state)
@@ -326,7 +369,7 @@ class GradMatch(TwoPassBackprop):
                 return last_layer_gradients(batch, n)
             return LayerGradients.of(layer, inputs, grads, tap.leaf.detach(), num_samples)
 
-        with no_trace(unwrap(state.model)):
+        with self._no_trace(state):
             parts = self._in_microbatches(state, num_samples, last_layer_gradients)
         return self._match_parts(state, parts, num_picks)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,16 +18,18 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from composer_gradmatch.batches import copy_structure, get_item
+from composer_gradmatch.traces import ModelTraces, ParameterContents
 
 __all__ = [
     "Generators",
     "check_scale_factor",
+    "drawn_again",
+    "is_sharded",
     "largest_on_all_ranks",
     "needs_all_ranks",
     "no_trace",
     "precision_context",
     "scale_inputs",
-    "snapshot_buffers",
     "unwrap",
 ]
 
@@ -35,21 +37,29 @@ _INTERPOLATION = {3: "linear", 4: "bilinear", 5: "trilinear"}
 
 
 @contextmanager
-def no_trace(model: nn.Module) -> Iterator[None]:
-    """Puts buffers and random number generators back as they were, bit for bit, when the context closes.
+def no_trace(model: nn.Module, parameters: Sequence[nn.Parameter] = ()) -> Iterator[ModelTraces]:
+    """Puts a model and the random number generators back as they were, bit for bit, when the context closes.
 
-    Forward passes in training mode update BatchNorm's running statistics and draw dropout masks; a pass that
-    only selects must not: see :func:`snapshot`.
+    Forward passes in training mode update BatchNorm's statistics, draw dropout masks, count their calls; a pass that
+    only selects must not. Of FSDP's modules only the buffers: their attributes are FSDP's business.
 
     Args:
         model (nn.Module): The model that runs inside the context.
+        parameters (Sequence[nn.Parameter], optional): Its parameters that forward changes, which are put back, too.
+            Default: ``()``.
+
+    Yields:
+        ModelTraces: What is put back, which tells of other parameters that were changed.
     """
-    restore_buffers, generators = snapshot_buffers(model), Generators.now()
+    generators = Generators.now()
+    traces = ModelTraces(model, attributes=not is_sharded(model))
+    contents = ParameterContents(parameters)
     try:
-        yield
+        yield traces
     finally:
         generators.restore()
-        restore_buffers()
+        traces.restore()
+        contents.restore()
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,32 +105,34 @@ class Generators:
         )
 
 
-def snapshot_buffers(model: nn.Module) -> Callable[[], None]:
-    """Remembers a model's buffers, and returns what puts them back, as often as it is called.
+@contextmanager
+def drawn_again(generators: Generators | None) -> Iterator[None]:
+    """Lets what runs in the context draw the numbers that were drawn from a state on, and none that come later.
 
     Args:
-        model (nn.Module): The model; of its buffers, their contents and which tensors they are.
+        generators (Generators, optional): The state; None where nothing is drawn.
     """
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-
-    def restore() -> None:
-        with torch.no_grad():
-            # All of them: batch_norm changes its buffers without telling their version counters.
-            for module, name, buffer, content in buffers:
-                module._buffers[name] = buffer
-                buffer.copy_(content)
-
-    return restore
+    if generators is None:
+        yield
+        return
+    now = Generators.now()
+    generators.restore()
+    try:
+        yield
+    finally:
+        now.restore()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside ``DistributedDataParallel``, whose own work a selection pass does not need."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP has spread a model's parameters over the ranks."""
+    if not torch.distributed.is_initialized():
+        return False
+    return any(isinstance(module, FullyShardedDataParallel | FSDPModule) for module in model.modules())
 
 
 def needs_all_ranks(model: nn.Module) -> bool:

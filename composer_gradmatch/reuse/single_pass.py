@@ -18,7 +18,8 @@ from composer_gradmatch.losses import takes_loss_from_logits
 from composer_gradmatch.reuse.capture import CapturedForward, Pass
 from composer_gradmatch.reuse.unsupported import UndecidedError, UnsupportedError, first_line
 from composer_gradmatch.reuse.verify import check_gradients, check_outputs, picks_normalised_by_all, rounded_parameters
-from composer_gradmatch.selection_pass import Generators, snapshot_buffers
+from composer_gradmatch.selection_pass import Generators
+from composer_gradmatch.traces import remember_buffers
 
 __all__ = ["SinglePass"]
 
@@ -81,7 +82,7 @@ class SinglePass:
         Raises:
             UnsupportedError: If it cannot be captured, or not sliced; then it has left no trace.
         """
-        self._restore_buffers, self._before = snapshot_buffers(self.model), Generators.now()
+        self._restore_buffers, self._before = remember_buffers(self.model), Generators.now()
         self._batch, self._num_samples = batch, num_samples
         try:
             self._pass = self._capture()

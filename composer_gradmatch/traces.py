@@ -1,0 +1,151 @@
+"""What a forward pass may change in a model besides its outputs, remembered and put back.
+
+Buffers (BatchNorm's statistics, codebooks), parameters (momentum encoders, ``max_norm`` embeddings, normalised
+weights), and what modules keep as attributes: numbers (a temperature that anneals by the number of calls), lists and
+dicts (auxiliary losses that are gathered), tensors.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["ModelTraces", "ParameterContents", "remember_buffers"]
+
+Restore = Callable[[], None]
+
+#: Attributes that are torch's own: what is in them is remembered otherwise, or is none of a forward pass's business.
+_OWN_OF_TORCH = frozenset(vars(nn.Module()))
+_NUM_OWN_OF_TORCH = len(_OWN_OF_TORCH)
+_NUMBERS = frozenset({bool, int, float})
+_CONTAINERS = frozenset({list, dict, set, deque})
+
+
+def remember_buffers(model: nn.Module) -> Restore:
+    """Remembers a model's buffers, and returns what puts them back, as often as it is called.
+
+    Args:
+        model (nn.Module): The model; of its buffers, their contents and which tensors they are.
+    """
+    traces = ModelTraces(model, attributes=False)
+    return traces.restore
+
+
+class ModelTraces:
+    """Remembers a model's buffers and its modules' attributes, in one walk over its modules.
+
+    Of attributes: numbers, lists, dicts, sets, and tensors without a graph; what comes into being later stays.
+
+    Args:
+        model (nn.Module): The model.
+        attributes (bool, optional): Whether to remember attributes, too. Default: ``True``.
+    """
+
+    def __init__(self, model: nn.Module, attributes: bool = True) -> None:
+        self._buffers: list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]] = []
+        self._parameters: list[tuple[nn.Parameter, int, int]] = []
+        self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._containers: list[tuple[Any, Any]] = []
+        self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    self._buffers.append((module._buffers, name, buffer, buffer.detach().clone()))
+            if not attributes:
+                continue
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    self._parameters.append((parameter, parameter._version, parameter.data_ptr()))
+            held = vars(module)
+            self._attributes.append((held, held.copy()))
+            if len(held) == _NUM_OWN_OF_TORCH:
+                continue
+            for name in held.keys() - _OWN_OF_TORCH:
+                value = held[name]
+                kind = type(value)
+                if kind in _CONTAINERS:
+                    self._containers.append((value, value.copy()))
+                elif kind is torch.Tensor and not value.requires_grad:
+                    self._tensors.append((value, value.clone()))
+
+    def changed_parameters(self) -> list[nn.Parameter]:
+        """Finds the parameters that were changed in place, or by an assignment to ``data``, as told for nothing."""
+        return [
+            each
+            for each, version, pointer in self._parameters
+            if each._version != version or each.data_ptr() != pointer
+        ]
+
+    def restore(self) -> None:
+        """Puts everything back."""
+        with torch.no_grad():
+            # All of them: batch_norm changes its buffers without telling their version counters.
+            for buffers, name, buffer, content in self._buffers:
+                buffers[name] = buffer
+                buffer.copy_(content)
+            for tensor, content in self._tensors:
+                tensor.copy_(content)
+        for held, before in self._attributes:
+            if len(held) != len(before) or not all(map(operator.is_, held.values(), before.values())):
+                _put_back(held, before)
+        for container, content in self._containers:
+            if len(container) != len(content) or not all(map(operator.is_, _items(container), _items(content))):
+                _refill(container, content)
+
+
+def _put_back(held: dict[str, Any], before: dict[str, Any]) -> None:
+    for name, value in before.items():
+        if held.get(name) is value:
+            continue
+        kind = type(value)
+        number = kind in _NUMBERS and type(held.get(name)) in _NUMBERS
+        plain = kind in _CONTAINERS or (kind is torch.Tensor and not value.requires_grad)
+        if number or (plain and name not in _OWN_OF_TORCH):
+            held[name] = value
+
+
+def _items(container: Any) -> Iterable[Any]:
+    return container.values() if isinstance(container, dict) else container
+
+
+def _refill(container: Any, content: Any) -> None:
+    container.clear()
+    if isinstance(container, dict | set):
+        container.update(content)
+    else:
+        container.extend(content)
+
+
+class ParameterContents:
+    """Remembers what is in parameters.
+
+    Args:
+        parameters (Iterable[nn.Parameter]): The parameters; of them, their contents and where those lie in memory.
+        on_host (bool, optional): Whether to keep the contents in the host's memory. Default: ``False``.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], on_host: bool = False) -> None:
+        self._kept = [
+            (each, each.data, each.detach().to("cpu", copy=True) if on_host else each.detach().clone())
+            for each in parameters
+        ]
+
+    def changed(self) -> list[nn.Parameter]:
+        """Finds the parameters that have another content now."""
+        return [each for each, _, content in self._kept if not _equal(each.detach(), content.to(each.device))]
+
+    def restore(self) -> None:
+        """Puts the contents back, without telling the version counters: graphs that saved a parameter stay valid."""
+        for parameter, data, content in self._kept:
+            if parameter.data_ptr() != data.data_ptr():
+                parameter.data = data
+            data.copy_(content)
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
