@@ -280,7 +280,7 @@ OBJECTIVE_ROWS = [
         Policy,
         lambda num: classified(num, advantage=opposed),
         policy,
-        microbatch=2,
+        microbatch=4,
         any_picks={"largest losses"},
         steps=12,
     ),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from adversarial import STRATEGIES, says
 from adversarial_objective import OBJECTIVE_ROWS
+from adversarial_rows import ROW_ROWS
 from lockstep import run
 
-ROWS = [*OBJECTIVE_ROWS]
+ROWS = [*OBJECTIVE_ROWS, *ROW_ROWS]
 LATE = 0.5
 
 
