@@ -44,7 +44,7 @@ class Regression(Tiny):
 
 def squared_error(model, outputs, fields):
     means = [_number(target) for target in fields["targets"]]
-    return torch.stack([(output - mean) ** 2 for output, mean in zip(outputs[:, 0], means, strict=True)])
+    return torch.stack([(output - mean) ** 2 for output, mean in zip(outputs[:, 0], means, strict=False)])
 
 
 def _number(target):
@@ -78,7 +78,7 @@ KINDS = {
 
 def with_token_counts(num):
     """Positions that count, and a list of their numbers, as LLM Foundry's collator adds it."""
-    return [{**fields, "tokens": [n for n in (fields["y"] != -100).sum(1)]} for fields in tagged(num)]
+    return [{**fields, "tokens": list((fields["y"] != -100).sum(1))} for fields in tagged(num)]
 
 
 class PerToken(Tags):

@@ -25,8 +25,9 @@ class Picks:
     """The selection of the current step: the only place that knows how a strategy tells it."""
 
     def __init__(self, algorithm):
-        self.algorithm, self.last = algorithm, None
-        self.whole = algorithm.batches_trained_whole
+        self.algorithm, self.last, self.whole = algorithm, None, 0
+        if algorithm is None:
+            return
         original = algorithm._select
 
         def select(*args):
@@ -38,8 +39,10 @@ class Picks:
     def take(self) -> Selection | None:
         """What was selected since the last call; None if the minibatch was trained whole."""
         selection, self.last = self.last, None
+        if not isinstance(selection, Selection):
+            return None
         whole, self.whole = self.whole, self.algorithm.batches_trained_whole
-        return selection if isinstance(selection, Selection) and self.whole == whole else None
+        return selection if self.whole == whole else None
 
 
 class Batches:
@@ -48,7 +51,7 @@ class Batches:
     dataset = None
 
     def __init__(self, row: Row, form: Form):
-        self.row, self.form, self.batch_size = row, form, number_of(row.make_batches(1)[0])
+        self.row, self.form, self.batch_size = row, form, number_of(row.make_batches(row.steps)[0])
 
     def __iter__(self):
         return (self.form.pack(fields) for fields in self.row.make_batches(self.row.steps))
@@ -89,7 +92,7 @@ class Lockstep(Callback):
 
     row: Row
     form: Form
-    strategy: Strategy
+    strategy: Strategy | None
     model: Any
     algorithm: Any
     selected_from: int = 0
@@ -119,7 +122,8 @@ class Lockstep(Callback):
         where = f"step {self.steps}: "
         if selection is None:
             indices, weights = torch.arange(number_of(fields)), None
-            assert self.row.may_train_whole or self.steps < self.selected_from, where + "the minibatch was trained whole"
+            allowed = self.row.may_train_whole or self.steps < self.selected_from or self.strategy is None
+            assert allowed, where + "the minibatch was trained whole"
         else:
             indices, weights = selection.indices.cpu(), selection.weights
             self._check_picks(fields, indices, weights, where)
@@ -131,6 +135,7 @@ class Lockstep(Callback):
         self.steps += 1
 
     def _check_picks(self, fields: Fields, indices: torch.Tensor, weights: torch.Tensor | None, where: str) -> None:
+        assert self.strategy is not None
         n, m = number_of(fields), max(1, int(self.row.keep * number_of(fields)))
         assert len(set(indices.tolist())) == len(indices), where + "a sample was picked twice"
         if self.row.any_picks >= ALL_RULES:
@@ -172,7 +177,7 @@ class Lockstep(Callback):
             for parameter in self.reference.parameters():
                 if parameter.grad is not None and parameter.requires_grad:
                     parameter -= LR * parameter.grad
-        if self.strategy.reuses and self.row.state_follows_batch:
+        if self.strategy is not None and self.strategy.reuses and self.row.state_follows_batch:
             return
         ours = self.model.state_dict()
         for name, value in self.reference.state_dict().items():
@@ -197,12 +202,13 @@ class Run:
     fault: str | None
 
 
-def run(row: Row, form: Form, strategy: Strategy, start: float = 0.0) -> Run:
+def run(row: Row, form: Form, strategy: Strategy | None, start: float = 0.0) -> Run:
     """Trains a row with a strategy, until a step is not the reference's."""
     torch.manual_seed(0)
-    model, algorithm = row.make_model(form), strategy.make(row, form, start)
+    model, algorithm = row.make_model(form), strategy.make(row, form, start) if strategy else None
     log = InMemoryLogger()
-    others = [] if row.other is None else [row.other(form)]
+    algorithms = [] if algorithm is None else [algorithm]
+    algorithms += [] if row.other is None else [row.other(form)]
     follow = Lockstep(row, form, strategy, model, algorithm, selected_from=-(-int(start * 100) * row.steps // 100))
     refusal, fault = None, None
     with warnings.catch_warnings(record=True) as caught:
@@ -211,7 +217,7 @@ def run(row: Row, form: Form, strategy: Strategy, start: float = 0.0) -> Run:
             make_trainer(
                 model,
                 data_spec(row, form, Batches(row, form)),
-                [algorithm, *others],
+                algorithms,
                 lr=LR,
                 max_duration=f"{row.steps}ba",
                 callbacks=[follow],
@@ -224,7 +230,7 @@ def run(row: Row, form: Form, strategy: Strategy, start: float = 0.0) -> Run:
             refusal = error
         except AssertionError as error:
             fault = str(error)  # Without a traceback through the Trainer.
-    if refusal is None and fault is None:
+    if algorithm is not None and refusal is None and fault is None:
         logged = [value for _, value in log.data.get(f"{algorithm.log_name}/fraction_kept", [])]
         np.testing.assert_allclose(logged, follow.kept, rtol=1e-6, err_msg="fraction_kept")
     return Run(follow.steps, refusal, [str(warning.message) for warning in caught], fault)
