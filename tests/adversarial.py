@@ -148,7 +148,7 @@ class Row:
         expected: By what a strategy needs, the first that it has of layer, weights, losses and batch.
         may_train_whole: Whether a minibatch may be trained whole.
         any_picks: The rules by which more than one set of picks is right.
-        state_follows_batch: Whether the model's own state depends on which samples it saw.
+        state_follows_batch: Whether the model's state, or a sample's output, depends on the samples it runs together.
         steps: The number of them.
     """
 

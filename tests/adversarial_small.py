@@ -36,7 +36,15 @@ def alike_at_last(num):
 SMALL_ROWS = [
     Row("BatchNorm and a last minibatch of 3", Normalised, with_small_rest, cross_entropy, keep=0.3, **WHOLE),
     Row("a last minibatch of 3", Tiny, with_small_rest, cross_entropy, keep=0.3),
-    Row("BatchNorm and one pick at last", Normalised, alike_at_last, cross_entropy, **WHOLE),
+    Row("BatchNorm and samples alike at last", Normalised, alike_at_last, cross_entropy, **WHOLE),
+    Row(
+        "BatchNorm and matching that stops after one pick",
+        Normalised,
+        classified,
+        cross_entropy,
+        options={"layer": {"tolerance": 0.99}},
+        **WHOLE,
+    ),
     Row(
         "BatchNorm and a rest of one pick",
         Normalised,

@@ -327,7 +327,7 @@ TRACE_ROWS = [
         Row(f"averages: {model.__name__}", model, classified, cross_entropy, state_follows_batch=True)
         for model in (Codebook, CodebookAssigned, CodebookAttribute)
     ),
-    Row("annealed by calls", Annealed, classified, cross_entropy),
+    Row("annealed by calls", Annealed, classified, cross_entropy, options={"layer": {"output_layer": "head"}}),
     Row("rescaled between steps", Switched, classified, cross_entropy, before_step=rescale),
     Row("rescaled elsewhere", SwitchedElsewhere, classified, cross_entropy, before_step=rescale_elsewhere),
     Row("unfrozen between steps", Tiny, classified, cross_entropy, before_step=unfreeze),
