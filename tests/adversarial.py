@@ -148,7 +148,9 @@ class Row:
         expected: By what a strategy needs, the first that it has of layer, weights, losses and batch.
         may_train_whole: Whether a minibatch may be trained whole.
         any_picks: The rules by which more than one set of picks is right.
-        state_follows_batch: Whether the model's state, or a sample's output, depends on the samples it runs together.
+        state_follows_batch: Whether the model's state depends on which samples it ran on.
+        mixes_samples: Whether a sample's output depends on those it runs together with, as BatchNorm's does: the
+            gradient of a reused pass is then another one, which tests/reuse is about, and is not compared here.
         steps: The number of them.
     """
 
@@ -173,6 +175,7 @@ class Row:
     may_train_whole: bool = False
     any_picks: Set[str] = frozenset()
     state_follows_batch: bool = False
+    mixes_samples: bool = False
     steps: int = 5
 
     def form(self, kind: str) -> Form:

@@ -6,7 +6,7 @@ import torch
 from adversarial import ALL_RULES, Row, Tiny, classified, cross_entropy, trains_or_refused
 from torch import nn
 
-WHOLE = {"may_train_whole": True, "any_picks": ALL_RULES, "state_follows_batch": True}
+WHOLE = {"may_train_whole": True, "any_picks": ALL_RULES, "mixes_samples": True}
 
 
 class Normalised(Tiny):

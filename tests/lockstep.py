@@ -13,7 +13,9 @@ from adversarial import ALL_RULES, Fields, Form, Row, Strategy, in_parts, number
 from cases import make_trainer
 from composer import Callback, DataSpec
 from composer.loggers import InMemoryLogger
+from composer.utils import dist
 from oracles import brute_force_omp, clip_and_normalize, per_sample_gradients
+from torch.utils.data import DataLoader
 
 from composer_gradmatch import select_first
 from composer_gradmatch.subset_backprop import Selection
@@ -135,10 +137,12 @@ class Lockstep(Callback):
         assert self.seen == len(indices), f"{where}the model saw {self.seen} samples, picked were {len(indices)}"
         unit = torch.ones(len(indices), dtype=torch.float64)
         weights = unit if weights is None else weights
+        self.steps += 1
+        if self.served and self.row.mixes_samples:
+            return
         whole = fields if self.served and self.row.state_follows_batch else None
         self._train_reference({**rows_of(fields, indices, self.row.shared), "_w": weights}, whole, indices)
         self._compare(where)
-        self.steps += 1
 
     def _check_picks(self, fields: Fields, indices: torch.Tensor, weights: torch.Tensor | None, where: str) -> None:
         assert self.strategy is not None
@@ -165,8 +169,7 @@ class Lockstep(Callback):
     def _train_reference(self, fields: Fields, whole: Fields | None, indices: torch.Tensor) -> None:
         """A plain step on some weighted samples.
 
-        Where activations are reused, and what samples come to depends on the minibatch they are in (BatchNorm), it
-        is what they come to in the ``whole`` one.
+        Where activations are reused, and the model's state follows what it ran on, that is the ``whole`` minibatch.
         """
         row, fields = self.row, self.row.after(fields)
         size = row.microbatch or number_of(fields)
@@ -246,3 +249,42 @@ def run(row: Row, form: Form, strategy: Strategy | None, start: float = 0.0) -> 
         logged = [value for _, value in log.data.get(f"{algorithm.log_name}/fraction_kept", [])]
         np.testing.assert_allclose(logged, follow.kept, rtol=1e-6, err_msg="fraction_kept")
     return Run(follow.steps, refusal, [str(warning.message) for warning in caught], fault)
+
+
+def _samples(row: Row) -> list[Fields]:
+    """Three minibatches' samples, one by one."""
+    batches = row.make_batches(3)
+    names = [name for name in batches[0] if name not in row.shared]
+    return [{name: batch[name][i] for name in names} for batch in batches for i in range(number_of(batch))]
+
+
+def resumable(row: Row, form: Form, strategy: Strategy, duration: str, **kwargs: Any) -> tuple[dict, dict]:
+    """The state of a model before and after a run over a shuffled loader."""
+
+    def collate(samples: list[Fields]) -> Any:
+        listed = {name for name, value in row.make_batches(1)[0].items() if isinstance(value, list)}
+        columns = {name: [sample[name] for sample in samples] for name in form.names}
+        return form.pack({name: v if name in listed else torch.stack(v) for name, v in columns.items()})
+
+    torch.manual_seed(0)
+    model, algorithm, data = row.make_model(form), strategy.make(row, form), _samples(row)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    size = number_of(row.make_batches(row.steps)[0])
+    shuffled = DataLoader(data, size, sampler=dist.get_sampler(data, shuffle=True), collate_fn=collate)  # type: ignore
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = make_trainer(
+            model,
+            data_spec(row, form, shuffled),
+            [algorithm, *([] if row.other is None else [row.other(form)])],
+            lr=LR,
+            max_duration=duration,
+            algorithm_passes=[select_first],
+            device_train_microbatch_size=row.microbatch,
+            seed=3,
+            run_name="resume",
+            **kwargs,
+        )
+        trainer.fit()
+        trainer.close()
+    return before, model.state_dict()
