@@ -214,7 +214,7 @@ _LAYER = {"layer": trains_or_refused(NOT_THE_SAMPLES)}
 ROW_ROWS = [
     *(
         Row(
-            f"targets are {kind}",
+            f"targets are {kind}, {'whole' if size is None else 'in microbatches'}",
             Regression,
             listed(make),
             squared_error,
