@@ -234,6 +234,7 @@ def run(row: Row, form: Form, strategy: Strategy | None, start: float = 0.0) -> 
                 data_spec(row, form, Batches(row, form)),
                 algorithms,
                 lr=LR,
+                seed=17,
                 max_duration=f"{row.steps}ba",
                 callbacks=[follow],
                 loggers=[log],
