@@ -295,18 +295,20 @@ class GradMatch(TwoPassBackprop):
     )
 
     def _rehearse(self, state: State, num_samples: int, num_picks: int) -> None:
-        """Also shows that the weighted loss is the model's own, its samples weighted."""
-        # A compiled model's graph could otherwise not be kept for the second backward pass of the comparison.
+        # A compiled model's graph could otherwise not be kept for the second backward pass of a comparison.
         with torch._functorch.config.patch(donated_buffer=False):
             super()._rehearse(state, num_samples, num_picks)
-            batch, few = self._few(state)
-            parts = [torch.arange(few)]
-            if few // 2 >= max(2, self._ghost_batch_size):
-                parts += [torch.arange(few // 2), torch.arange(few // 2, few)]
-            if few > 1 and state.device_train_microbatch_size == 1:
-                parts += torch.arange(few).split(1)[:4]
-            for part in parts:
-                self._check_objective(state, self._take(batch, part, few), len(part))
+
+    def _shows_rows(self, state: State, batch: Any, num_samples: int) -> bool:
+        """Shows that the weighted loss is the model's own, its samples weighted: of all of them, and of parts."""
+        parts = [torch.arange(num_samples)]
+        if num_samples // 2 >= max(2, self._ghost_batch_size):
+            parts += [torch.arange(num_samples // 2), torch.arange(num_samples // 2, num_samples)]
+        if num_samples > 1 and state.device_train_microbatch_size == 1:
+            parts += torch.arange(num_samples).split(1)[:4]
+        for part in parts:
+            self._check_objective(state, self._take(batch, part, num_samples), len(part))
+        return True
 
     def _check_objective(self, state: State, batch: Any, num_samples: int) -> None:
         model = unwrap(state.model)

@@ -8,11 +8,11 @@ import torch
 from composer.core import Precision, State
 from composer.utils import dist
 
-from composer_gradmatch.batches import map_tensors
+from composer_gradmatch.batches import copy_batch, map_tensors
 from composer_gradmatch.losses import LossFn
 from composer_gradmatch.sample_checks import Rows, check_independence, normalised_by_running_statistics
 from composer_gradmatch.schedule import Clock
-from composer_gradmatch.selection_pass import unwrap
+from composer_gradmatch.selection_pass import scale_inputs, unwrap
 from composer_gradmatch.subset_backprop import Selection, WholeBatch
 from composer_gradmatch.two_pass_backprop import TwoPassBackprop
 
@@ -182,28 +182,29 @@ class LossBackprop(TwoPassBackprop):
 
         return rows
 
-    def _rehearse(self, state: State, num_samples: int, num_picks: int) -> None:
-        """Also warns if samples' losses depend on each other."""
-        super()._rehearse(state, num_samples, num_picks)
-        model, (batch, few) = unwrap(state.model), self._few(state)
-        with torch.no_grad(), self._no_trace(state):
-            outputs, _ = self._forward(state, batch, few)
-        leaves: list[torch.Tensor] = []
+    def _shows_rows(self, state: State, batch: Any, num_samples: int) -> bool:
+        """Also warns if samples' losses depend on each other; then their rows show nothing."""
+        model, leaves = unwrap(state.model), []
 
         def leaf_of(output: torch.Tensor) -> torch.Tensor:
-            if not output.is_floating_point() or not output.dim() or len(output) != few:
+            if not output.is_floating_point() or not output.dim() or len(output) != num_samples:
                 return output
             leaves.append(output.detach().requires_grad_())
             return leaves[-1].clone()  # Which the loss may change in place.
 
-        batch, few = self._few(state)
-        with torch.enable_grad(), self._no_trace(state), self._precision(state):
-            losses = self._losses_of(model, map_tensors(leaf_of, outputs), batch, few)
-        if losses.requires_grad and any(check_independence(losses, leaf) is not None for leaf in leaves):
+        with self._no_trace(state):
+            with torch.no_grad(), self._precision(state):
+                batch = scale_inputs(copy_batch(batch), self.input_key, self.scale_factor)
+                outputs = self._outputs_of(model, batch)
+            with torch.enable_grad(), self._precision(state):
+                losses = self._losses_of(model, map_tensors(leaf_of, outputs), batch, num_samples)
+            mixed = losses.requires_grad and any(check_independence(losses, leaf) is not None for leaf in leaves)
+        if mixed:
             self._warn_once(
                 "the loss of a sample depends on the other samples' outputs (as contrastive losses do): samples are "
                 "ranked by their losses in the whole minibatch, and trained by those among the picks alone."
             )
+        return not mixed
 
     def _select(self, state: State, num_samples: int, num_picks: int) -> Selection | WholeBatch:
         once = self._once(state, num_samples, lambda _, losses: losses.detach().to("cpu", torch.float64))

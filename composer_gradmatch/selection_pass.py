@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from composer_gradmatch.batches import copy_structure, get_item
-from composer_gradmatch.traces import ModelTraces, ParameterContents
+from composer_gradmatch.traces import ModelTraces
 
 __all__ = [
     "Generators",
@@ -52,14 +52,12 @@ def no_trace(model: nn.Module, parameters: Sequence[nn.Parameter] = ()) -> Itera
         ModelTraces: What is put back, which tells of other parameters that were changed.
     """
     generators = Generators.now()
-    traces = ModelTraces(model, attributes=not is_sharded(model))
-    contents = ParameterContents(parameters)
+    traces = ModelTraces(model, attributes=not is_sharded(model), contents_of=parameters)
     try:
         yield traces
     finally:
         generators.restore()
         traces.restore()
-        contents.restore()
 
 
 @dataclass(frozen=True, eq=False)

@@ -101,6 +101,8 @@ class SubsetBackprop(Algorithm):
         """Forgets what belongs to one Trainer."""
         self.batches_trained_whole = 0
         self.batches_not_matched = 0
+        #: The picks of the last minibatch that was selected from; None if that was trained whole.
+        self.last_selection: Selection | None = None
         self._warned: set[str] = set()
         self._not_per_sample: set[str] = set()
         self._reset_fit()
@@ -258,6 +260,7 @@ class SubsetBackprop(Algorithm):
             if first and self.weighs_samples:
                 self._rehearse_weights(state, num_samples)
             return
+        self.last_selection = None
         # A single sample needs no selection, but a model may need all ranks in each forward pass.
         if num_picks == num_samples and not self._ranks_stay_in_step(state):
             return
@@ -266,6 +269,7 @@ class SubsetBackprop(Algorithm):
         if isinstance(selection, WholeBatch):
             self._train_whole(selection, logger)
             return
+        self.last_selection = selection
         n = self._step_size = len(selection.indices)
         with span("indexing"):
             state.batch = self._pick(state.batch, selection.indices, num_samples)

@@ -43,12 +43,15 @@ class ModelTraces:
 
     Args:
         model (nn.Module): The model.
-        attributes (bool, optional): Whether to remember attributes, too. Default: ``True``.
+        attributes (bool, optional): Whether to remember attributes, and which parameters there are, too.
+            Default: ``True``.
+        contents_of (Iterable[nn.Parameter], optional): Parameters whose contents to remember. Default: ``()``.
     """
 
-    def __init__(self, model: nn.Module, attributes: bool = True) -> None:
+    def __init__(self, model: nn.Module, attributes: bool = True, contents_of: Iterable[nn.Parameter] = ()) -> None:
+        self._contents = ParameterContents(contents_of)
         self._buffers: list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]] = []
-        self._parameters: list[tuple[nn.Parameter, int, int]] = []
+        self._parameters: list[tuple[dict[str, Any], str, nn.Parameter, int, int]] = []
         self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._containers: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -58,9 +61,9 @@ class ModelTraces:
                     self._buffers.append((module._buffers, name, buffer, buffer.detach().clone()))
             if not attributes:
                 continue
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    self._parameters.append((parameter, parameter._version, parameter.data_ptr()))
+            for name, each in module._parameters.items():
+                if each is not None:
+                    self._parameters.append((module._parameters, name, each, each._version, each.data_ptr()))
             held = vars(module)
             self._attributes.append((held, held.copy()))
             if len(held) == _NUM_OWN_OF_TORCH:
@@ -77,12 +80,13 @@ class ModelTraces:
         """Finds the parameters that were changed in place, or by an assignment to ``data``, as told for nothing."""
         return [
             each
-            for each, version, pointer in self._parameters
+            for _, _, each, version, pointer in self._parameters
             if each._version != version or each.data_ptr() != pointer
         ]
 
     def restore(self) -> None:
-        """Puts everything back."""
+        """Puts everything back, as often as it is called."""
+        self._contents.restore()
         with torch.no_grad():
             # All of them: batch_norm changes its buffers without telling their version counters.
             for buffers, name, buffer, content in self._buffers:
@@ -90,6 +94,9 @@ class ModelTraces:
                 buffer.copy_(content)
             for tensor, content in self._tensors:
                 tensor.copy_(content)
+        for parameters, name, parameter, _, _ in self._parameters:
+            if parameters.get(name) is not parameter:
+                parameters[name] = parameter
         for held, before in self._attributes:
             if len(held) != len(before) or not all(map(operator.is_, held.values(), before.values())):
                 _put_back(held, before)

@@ -153,6 +153,7 @@ class TwoPassBackprop(SubsetBackprop):
         #: Parameters that a forward pass changes, and the number of passes that were made.
         self._changing: list[nn.Parameter] = []
         self._passes = 0
+        self._put_back: Callable[[], None] | None = None
         self._scale = LossScale()
         self._batch_of_loss: GivenBatch | None = None
         self._generators_of_loss: Generators | None = None
@@ -277,11 +278,17 @@ class TwoPassBackprop(SubsetBackprop):
         with self._watched(state):
             self._look(state, num_samples, num_picks)
         batch, few = self._few(state)
+        if not self._shows_rows(state, batch, few):
+            return
         with torch.no_grad(), self._no_trace(state):
             before = Generators.now()
-            self._forward(state, batch, few)
+            self._forward(state, copy_batch(batch), few)
             deterministic = before.is_now()
         check_rows(self._rows_of(state, batch, few), few, deterministic, self._remedy_for_rows)
+
+    def _shows_rows(self, state: State, batch: Any, num_samples: int) -> bool:
+        """Checks the losses of a small batch's samples; returns whether they can show which rows are whose."""
+        return True
 
     #: What to do where rows are not samples.
     _remedy_for_rows = (
@@ -320,6 +327,7 @@ class TwoPassBackprop(SubsetBackprop):
         thorough = self._passes >= 10 and str(self._passes).strip("0") == "1"
         with self._watched(state) if thorough else nullcontext():
             with no_trace(unwrap(state.model), self._changing) as traces:
+                self._put_back = traces.restore
                 yield
             self._note_changes(traces.changed_parameters(), too_late=self._rehearsed and not thorough)
 
@@ -373,7 +381,11 @@ class TwoPassBackprop(SubsetBackprop):
             size = self._selection_size(state, num_samples)
             try:
                 parts = self._microbatches(state, num_samples, size)
-                visited = [(visit(part, n), counts) for part, n, counts in parts]
+                visited = []
+                for part, n, counts in parts:
+                    if visited and self._put_back is not None:
+                        self._put_back()  # All parts of the minibatch are seen by the same model.
+                    visited.append((visit(part, n), counts))
             except torch.OutOfMemoryError as error:
                 if not automatic or size == 1 or needs_all_ranks(unwrap(state.model)):
                     raise RuntimeError(

@@ -27,24 +27,14 @@ class Picks:
     """The selection of the current step: the only place that knows how a strategy tells it."""
 
     def __init__(self, algorithm):
-        self.algorithm, self.last, self.whole = algorithm, None, 0
-        if algorithm is None:
-            return
-        original = algorithm._select
-
-        def select(*args):
-            self.last = original(*args)
-            return self.last
-
-        algorithm._select = select
+        self.algorithm = algorithm
 
     def take(self) -> Selection | None:
         """What was selected since the last call; None if the minibatch was trained whole."""
-        selection, self.last = self.last, None
-        if not isinstance(selection, Selection):
+        if self.algorithm is None:
             return None
-        whole, self.whole = self.whole, self.algorithm.batches_trained_whole
-        return selection if self.whole == whole else None
+        selection, self.algorithm.last_selection = self.algorithm.last_selection, None
+        return selection
 
 
 class Batches:
