@@ -26,7 +26,7 @@ from composer_gradmatch.match import Match, match_mean_gradient, match_on_device
 from composer_gradmatch.matching import Solver, check_solver
 from composer_gradmatch.sample_checks import Rows, check_independence, normalised_by_running_statistics
 from composer_gradmatch.schedule import Clock
-from composer_gradmatch.selection_pass import Generators, check_scale_factor, no_trace, scale_inputs, unwrap
+from composer_gradmatch.selection_pass import Moment, check_scale_factor, no_trace, scale_inputs, unwrap
 from composer_gradmatch.spans import span
 from composer_gradmatch.subset_backprop import Selection, WholeBatch
 from composer_gradmatch.two_pass_backprop import TwoPassBackprop
@@ -320,9 +320,9 @@ class GradMatch(TwoPassBackprop):
             with self._precision(state):
                 batch = scale_inputs(batch, self.input_key, self.scale_factor)
                 outputs = self._outputs_of(model, batch)
-                before = Generators.now()
+                before = Moment.now(model)
                 losses = self._losses_of(model, outputs, copy_batch(batch), num_samples)
-                self._loss_draws |= not before.is_now()
+                self._loss_leaves_traces |= not before.is_now()
                 before.restore()
                 own_loss: Any = model.loss(outputs, batch)  # type: ignore[operator]
             # Before the context puts back what these graphs have saved.

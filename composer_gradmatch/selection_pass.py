@@ -22,8 +22,9 @@ from composer_gradmatch.traces import ModelTraces
 
 __all__ = [
     "Generators",
+    "Moment",
+    "back_at",
     "check_scale_factor",
-    "drawn_again",
     "is_sharded",
     "largest_on_all_ranks",
     "needs_all_ranks",
@@ -103,22 +104,45 @@ class Generators:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """A model's buffers and attributes, and the random number generators, at one moment."""
+
+    traces: ModelTraces
+    generators: Generators
+
+    @classmethod
+    def now(cls, model: nn.Module) -> Moment:
+        """As they are."""
+        return cls(ModelTraces(model), Generators.now())
+
+    def is_now(self) -> bool:
+        """Whether nothing has changed since."""
+        return self.generators.is_now() and not self.traces.changed()
+
+    def restore(self) -> None:
+        """Puts back what has changed; graphs that have saved what has not stay valid."""
+        self.generators.restore()
+        self.traces.restore(only_changed=True)
+
+
 @contextmanager
-def drawn_again(generators: Generators | None) -> Iterator[None]:
-    """Lets what runs in the context draw the numbers that were drawn from a state on, and none that come later.
+def back_at(model: nn.Module, moment: Moment | None) -> Iterator[None]:
+    """Lets what runs in the context run as at an earlier moment, and goes back to the present.
 
     Args:
-        generators (Generators, optional): The state; None where nothing is drawn.
+        model (nn.Module): The model.
+        moment (Moment, optional): The moment; None where nothing has changed since.
     """
-    if generators is None:
+    if moment is None:
         yield
         return
-    now = Generators.now()
-    generators.restore()
+    present = Moment.now(model)
+    moment.restore()
     try:
         yield
     finally:
-        now.restore()
+        present.restore()
 
 
 def unwrap(model: nn.Module) -> nn.Module:

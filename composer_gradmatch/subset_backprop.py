@@ -24,6 +24,7 @@ from composer_gradmatch.enough_samples import (
     num_microbatches,
     smallest_microbatch,
 )
+from composer_gradmatch.nests import map_nest
 from composer_gradmatch.other_algorithms import activate_training_weights, ghost_batch_size
 from composer_gradmatch.picked_rows import RowRecord
 from composer_gradmatch.sample_leaves import names_by_length, sample_names
@@ -155,11 +156,11 @@ class SubsetBackprop(Algorithm):
         if event == Event.AFTER_DATALOADER:
             return self.keep < 1 and (not self._rehearsed or self._is_scheduled(state))
         if event == Event.BEFORE_FORWARD:
-            return self._weights is not None or self._watches_microbatches(state)
+            return self._picked is not None
         if event in (Event.BATCH_START, Event.BEFORE_LOSS, Event.AFTER_LOSS):
             return self._weights is not None
         if event == Event.BATCH_END:
-            return self._weights is not None or self._to_log is not None
+            return self._picked is not None or self._to_log is not None
         return False
 
     def _is_scheduled(self, state: State) -> bool:
@@ -265,7 +266,9 @@ class SubsetBackprop(Algorithm):
         if num_picks == num_samples and not self._ranks_stay_in_step(state):
             return
 
-        selection = self._with_enough_samples(state, self._select(state, num_samples, num_picks), num_samples)
+        selection = self._select(state, num_samples, num_picks)
+        picked = len(selection.indices) if isinstance(selection, Selection) else 0
+        selection = self._with_enough_samples(state, selection, num_samples)
         if isinstance(selection, WholeBatch):
             self._train_whole(selection, logger)
             return
@@ -282,6 +285,7 @@ class SubsetBackprop(Algorithm):
             "effective_sample_size": float(n),
             "largest_weight": 1.0,
             **selection.metrics,
+            **({} if n == picked else {"fraction_kept": n / num_samples}),
             "estimated_cost": self._estimated_cost(num_samples, n),
             "selection_time": time.perf_counter() - started,
         }
@@ -334,7 +338,8 @@ class SubsetBackprop(Algorithm):
         """Lets the first batch, which is trained whole, go the way of weighted picks, up to its losses."""
         self._rehearsing = True
         self._picked = RowRecord.of(state.batch, num_samples, self._names(state.batch, num_samples))
-        self._weights = state.device.tensor_to_device(torch.ones(num_samples))
+        # Of samples that cannot be told apart, equal weights would hide it.
+        self._weights = state.device.tensor_to_device(torch.linspace(0.5, 1.5, num_samples))
 
     def _num_picks(self, state: State, num_samples: int) -> int:
         """M = max(1, int(keep·M)), and more where the model cannot be trained on as few."""
@@ -476,6 +481,8 @@ class SubsetBackprop(Algorithm):
 
     def _before_forward(self, state: State) -> None:
         """Finds the weights of a microbatch's samples, and whether gradients are synchronised in each microbatch."""
+        assert self._picked is not None
+        state.batch = self._with_shared_tensors_whole(state.batch, self._trained or self._picked)
         if self._watches_microbatches(state):
             several = count_samples(state.batch, self.input_key, self.target_key) < (self._step_size or 0)
             self._syncs_once = several and not state.model.require_backward_grad_sync
@@ -483,13 +490,25 @@ class SubsetBackprop(Algorithm):
         if self._weights is None:
             return
         assert self._trained is not None
-        self._not_per_sample |= self._trained.names_left_whole(state.batch)
         try:
             self._microbatch_weights = self._trained.weights_of(state.batch, self._weights)
         except ValueError as error:
             num_samples = count_samples(state.batch, self.input_key, self.target_key)
             self._weigh_all_alike(error, len(self._weights))
             self._microbatch_weights = torch.ones(num_samples, device=self._weights.device)
+
+    def _with_shared_tensors_whole(self, microbatch: Any, trained: RowRecord) -> Any:
+        """A microbatch with those tensors whole that were picked from since their length happened to be M.
+
+        That they are not per sample is seen by their not being split.
+        """
+        assert self._picked is not None
+        shared = trained.names_left_whole(microbatch)
+        self._not_per_sample |= shared
+        originals = {name: self._picked.original[name] for name in shared if name in self._picked.original}
+        if not originals:
+            return microbatch
+        return map_nest(lambda name, leaf: originals.get(name, leaf), microbatch)
 
     def _before_loss(self, state: State) -> None:
         """Does what must be done before the model's own loss sees the microbatch."""

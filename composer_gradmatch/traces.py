@@ -84,16 +84,37 @@ class ModelTraces:
             if each._version != version or each.data_ptr() != pointer
         ]
 
-    def restore(self) -> None:
-        """Puts everything back, as often as it is called."""
+    def changed(self) -> bool:
+        """Whether a buffer or an attribute has changed since, or is another one."""
+        same = (
+            all(held.get(name) is value and _equal(value, content) for held, name, value, content in self._buffers)
+            and all(_equal(value, content) for value, content in self._tensors)
+            and all(map(_alike, *zip(*self._containers, strict=True)) if self._containers else ())
+        )
+        return not same or any(
+            held.get(name) is not value
+            for held, before in self._attributes
+            for name, value in before.items()
+            if name not in _OWN_OF_TORCH
+        )
+
+    def restore(self, only_changed: bool = False) -> None:
+        """Puts everything back, as often as it is called.
+
+        Args:
+            only_changed (bool, optional): Whether to leave tensors alone that have their content still, so that graphs
+                that have saved them stay valid. Default: ``False``.
+        """
         self._contents.restore()
         with torch.no_grad():
             # All of them: batch_norm changes its buffers without telling their version counters.
             for buffers, name, buffer, content in self._buffers:
                 buffers[name] = buffer
-                buffer.copy_(content)
+                if not (only_changed and _equal(buffer, content)):
+                    buffer.copy_(content)
             for tensor, content in self._tensors:
-                tensor.copy_(content)
+                if not (only_changed and _equal(tensor, content)):
+                    tensor.copy_(content)
         for parameters, name, parameter, _, _ in self._parameters:
             if parameters.get(name) is not parameter:
                 parameters[name] = parameter
@@ -101,7 +122,7 @@ class ModelTraces:
             if len(held) != len(before) or not all(map(operator.is_, held.values(), before.values())):
                 _put_back(held, before)
         for container, content in self._containers:
-            if len(container) != len(content) or not all(map(operator.is_, _items(container), _items(content))):
+            if not _alike(container, content):
                 _refill(container, content)
 
 
@@ -114,6 +135,10 @@ def _put_back(held: dict[str, Any], before: dict[str, Any]) -> None:
         plain = kind in _CONTAINERS or (kind is torch.Tensor and not value.requires_grad)
         if number or (plain and name not in _OWN_OF_TORCH):
             held[name] = value
+
+
+def _alike(container: Any, content: Any) -> bool:
+    return len(container) == len(content) and all(map(operator.is_, _items(container), _items(content)))
 
 
 def _items(container: Any) -> Iterable[Any]:

@@ -32,8 +32,9 @@ from composer_gradmatch.sample_checks import Rows, check_rows
 from composer_gradmatch.schedule import Clock
 from composer_gradmatch.selection_pass import (
     Generators,
+    Moment,
+    back_at,
     check_scale_factor,
-    drawn_again,
     is_sharded,
     largest_on_all_ranks,
     needs_all_ranks,
@@ -156,9 +157,9 @@ class TwoPassBackprop(SubsetBackprop):
         self._put_back: Callable[[], None] | None = None
         self._scale = LossScale()
         self._batch_of_loss: GivenBatch | None = None
-        self._generators_of_loss: Generators | None = None
-        #: Whether the model's loss draws random numbers.
-        self._loss_draws = False
+        self._moment_of_loss: Moment | None = None
+        #: Whether the model's loss draws random numbers, or changes its buffers or attributes.
+        self._loss_leaves_traces = False
 
     def match(self, event: Event, state: State) -> bool:
         """Whether to run: see :class:`.Algorithm`."""
@@ -451,7 +452,7 @@ class TwoPassBackprop(SubsetBackprop):
     def _before_loss(self, state: State) -> None:
         """Keeps what the model's own loss is given, which may change it."""
         self._batch_of_loss = GivenBatch(state.batch)
-        self._generators_of_loss = Generators.now() if self._loss_draws else None
+        self._moment_of_loss = Moment.now(unwrap(state.model)) if self._loss_leaves_traces else None
 
     def _after_loss(self, state: State) -> None:
         """Replaces the loss of a microbatch by its weighted loss; in a rehearsal, for nothing but its errors."""
@@ -462,14 +463,14 @@ class TwoPassBackprop(SubsetBackprop):
         own_loss = cast(torch.Tensor, state.loss)
         with (
             get_precision_context(state.precision, state.precision_config),
-            drawn_again(self._generators_of_loss),
+            back_at(model, self._moment_of_loss),
         ):
             losses = per_sample_losses(model, state.outputs, batch, len(weights), self.loss_fn)
             scale = self._scale.read(
                 losses, own_loss.mean(), differentiable_outputs(state.outputs), self._recomputed_loss(state, batch)
             )
             loss = weighted_loss(losses, weights, own_loss, scale)
-        self._batch_of_loss = self._generators_of_loss = None
+        self._batch_of_loss = self._moment_of_loss = None
         self._weighed = True
         if self._rehearsing:
             return

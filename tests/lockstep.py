@@ -68,7 +68,7 @@ def data_spec(row: Row, form: Form, loader: Any) -> DataSpec:
 def doubled(value: Any) -> Any:
     """A copy with float64 in the place of float32."""
     if isinstance(value, torch.Tensor):
-        return value.double() if value.is_floating_point() else value.clone()
+        return value.to(torch.float64, copy=True) if value.is_floating_point() else value.clone()
     if isinstance(value, dict):
         return {key: doubled(item) for key, item in value.items()}
     return [doubled(item) for item in value] if isinstance(value, list) else copy.copy(value)

@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "spans": set(),
     "reuse": {"batches", "huggingface_losses", "losses", "reuse", "selection_pass", "traces"},
     "match": {"matching", "solvers", "spans"},
-    "subset_backprop": {"enough_samples", "other_algorithms", "picked_rows", "sample_leaves", *SUBSET},
+    "subset_backprop": {"enough_samples", "nests", "other_algorithms", "picked_rows", "sample_leaves", *SUBSET},
     "two_pass_backprop": {"given_batch", "huggingface_losses", "loss_scale", "subset_backprop", "traces", *TWO_PASS},
     "passes": {"subset_backprop"},
     "gradmatch": {"layer_gradients", "last_layer", "match", "matching", "two_pass_backprop", *TWO_PASS},
