@@ -32,7 +32,12 @@ __all__ = ["CapturedForward", "Pass"]
 #: What says at length why a model cannot be captured, which the one warning says in a line.
 _TALKATIVE = [
     logging.getLogger(f"torch.{name}")
-    for name in ("_dynamo.convert_frame", "_dynamo.symbolic_convert", "_dynamo.utils", "fx.experimental.symbolic_shapes")
+    for name in (
+        "_dynamo.convert_frame",
+        "_dynamo.symbolic_convert",
+        "_dynamo.utils",
+        "fx.experimental.symbolic_shapes",
+    )
 ]
 _IGNORE_WARNINGS: Any = ("ignore", None, Warning, None, 0)
 
@@ -214,9 +219,13 @@ class CapturedForward:
         try:
             # The graphs are traced and run without autocast around them: they have its casts in them.
             with torch.autocast(device, enabled=False):
-                with torch.enable_grad(), _quietly(), torch._dynamo.config.patch(settings):
-                    with self._outside.recorded() as outside:
-                        outputs, seen = self._compiled(marked, per_sample, autocast, outside)
+                with (
+                    torch.enable_grad(),
+                    _quietly(),
+                    torch._dynamo.config.patch(settings),
+                    self._outside.recorded() as outside,
+                ):
+                    outputs, seen = self._compiled(marked, per_sample, autocast, outside)
                 if recording.run is None:
                     raise UnsupportedError("its forward pass has no gradient")
                 if _containers(marked) != containers:

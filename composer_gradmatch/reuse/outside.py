@@ -57,7 +57,7 @@ class NumbersOutside:
             self._numbers[self._values()] = number
 
     def _take_down(self, owner: Any, name: str) -> None:
-        own = isinstance(owner, type) and not owner.__module__.partition(".")[0] == "torch"
+        own = isinstance(owner, type) and owner.__module__.partition(".")[0] != "torch"
         if own and isinstance(_value(owner, name), bool | int | float | str | None):
             self._attributes[owner, name] = None
 
