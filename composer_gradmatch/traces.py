@@ -9,31 +9,19 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["ModelTraces", "ParameterContents", "remember_buffers"]
-
-Restore = Callable[[], None]
+__all__ = ["ModelTraces", "ParameterContents"]
 
 #: Attributes that are torch's own: what is in them is remembered otherwise, or is none of a forward pass's business.
 _OWN_OF_TORCH = frozenset(vars(nn.Module()))
 _NUM_OWN_OF_TORCH = len(_OWN_OF_TORCH)
 _NUMBERS = frozenset({bool, int, float})
 _CONTAINERS = frozenset({list, dict, set, deque})
-
-
-def remember_buffers(model: nn.Module) -> Restore:
-    """Remembers a model's buffers, and returns what puts them back, as often as it is called.
-
-    Args:
-        model (nn.Module): The model; of its buffers, their contents and which tensors they are.
-    """
-    traces = ModelTraces(model, attributes=False)
-    return traces.restore
 
 
 class ModelTraces:

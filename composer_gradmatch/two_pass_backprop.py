@@ -14,7 +14,7 @@ from composer.core import Event, Precision, State, get_precision_context
 from composer.loggers import Logger
 from torch import nn
 
-from composer_gradmatch.batches import copy_batch, count_samples, describe_targets, take_samples
+from composer_gradmatch.batches import copy_batch, count_samples, describe_targets, map_tensors, take_samples
 from composer_gradmatch.given_batch import GivenBatch
 from composer_gradmatch.huggingface_losses import huggingface_losses
 from composer_gradmatch.loss_scale import LossScale
@@ -172,6 +172,8 @@ class TwoPassBackprop(SubsetBackprop):
         if event == Event.FIT_START:
             if sys.modules.get("composer_gradmatch.reuse.single_pass") is not None:
                 _import_single_pass().release_model(unwrap(state.model))
+            if self._single_pass is not None:
+                self._single_pass.release()
             self._single_pass, self._makes_two_passes = None, not self.reuse_activations
         if event == Event.AFTER_TRAIN_BATCH:
             assert self._single_pass is not None
@@ -208,7 +210,9 @@ class TwoPassBackprop(SubsetBackprop):
             with span("selection_forward"):
                 outputs = self._single_pass.forward(state.batch, num_samples)
             with self._precision(state):
-                losses = self._losses_of(model, outputs, state.batch, num_samples)
+                # Of a copy, since a loss may change its batch in place.
+                batch = map_tensors(torch.clone, state.batch)
+                losses = self._losses_of(model, outputs, batch, num_samples)
             return visit(self._single_pass, losses)
         except UndecidedError as error:
             self._make_two_passes_now(error)

@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "other_algorithms": set(),
     "run_summary": {"batches"},
     "spans": set(),
-    "reuse": {"batches", "huggingface_losses", "losses", "reuse", "selection_pass", "traces"},
+    "reuse": {"batches", "huggingface_losses", "losses", "nests", "sample_leaves", "reuse", "selection_pass", "traces"},
     "match": {"matching", "solvers", "spans"},
     "subset_backprop": {"enough_samples", "nests", "other_algorithms", "picked_rows", "sample_leaves", *SUBSET},
     "two_pass_backprop": {"given_batch", "huggingface_losses", "loss_scale", "subset_backprop", "traces", *TWO_PASS},

@@ -1,0 +1,125 @@
+"""What a model is at one moment, so far as it can be told again for next to nothing."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["ModelState"]
+
+#: Types of tensors that have one place in memory.
+_PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
+
+
+class ModelState:
+    """The modules of a model, their parameters, buffers, flags and hooks, to be compared with a later moment.
+
+    Compared are identities, version counters, places in memory and ``requires_grad`` of parameters and buffers, the
+    training flags, and the hooks. Of what lies on the CPU also one number of each floating-point tensor, since
+    ``tensor.data.mul_(...)`` counts no version; on another device that would make the host wait.
+
+    Args:
+        model (nn.Module): The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        # Whatever is compared by its id is kept, or another could have it.
+        self._modules, self._tensors = _parts(model)
+        self._flags, self._hooks = _flags(self._modules), _hooks(self._modules)
+        self._marks = [_mark(tensor) for tensor in self._tensors]
+        self._probes = [
+            tensor.detach().as_strided((1,), (1,))
+            for tensor in self._tensors
+            if _is_plain(tensor) and tensor.device.type == "cpu" and tensor.is_floating_point() and tensor.numel()
+        ]
+        self._numbers = self._read()
+
+    def renew(self) -> ModelState:
+        """The state now, which costs less where modules and tensors are those of this one."""
+        modules, tensors = _parts(self._model)
+        if not (_same(modules, self._modules) and _same(tensors, self._tensors)):
+            return ModelState(self._model)
+        marks = [_mark(tensor) for tensor in tensors]
+        if any(new[1] != old[1] for new, old in zip(marks, self._marks, strict=True)):
+            return ModelState(self._model)
+        self._marks, self._flags, self._hooks, self._numbers = marks, _flags(modules), _hooks(modules), self._read()
+        return self
+
+    def change(self) -> str | None:
+        """What has changed since, in words; None for nothing."""
+        modules, tensors = _parts(self._model)
+        if not _same(modules, self._modules):
+            return "a module was replaced"
+        if not _same(tensors, self._tensors):
+            return "a parameter or a buffer was replaced"
+        if _flags(modules) != self._flags:
+            return "a training flag was changed"
+        if _hooks(modules) != self._hooks:
+            return "hooks were added to its layers, or removed"
+        if [_mark(tensor) for tensor in tensors] != self._marks or self._read() != self._numbers:
+            return "a parameter or a buffer was changed, or a layer frozen or unfrozen"
+        return None
+
+    def buffers_that_are_as_they_were(self) -> Callable[[torch.Tensor], bool]:
+        """Whether a tensor is one of the model's that has not been changed since, as far as its counter shows."""
+        same = {
+            id(tensor) for tensor, mark in zip(self._tensors, self._marks, strict=True) if _mark(tensor) == mark
+        } & {id(tensor) for tensor in _parts(self._model)[1]}
+        return lambda tensor: id(tensor) in same
+
+    def _read(self) -> bytes:
+        # As bytes, in which what is not a number equals itself.
+        return torch.cat(self._probes).double().numpy().tobytes() if self._probes else b""
+
+
+def _parts(model: nn.Module) -> tuple[list[nn.Module], list[torch.Tensor]]:
+    """The modules, each as often as it is reached, and their parameters and buffers."""
+    modules: list[nn.Module] = [model]
+    tensors: list[torch.Tensor] = []
+    seen = {id(model)}
+    for module in modules:
+        held = module.__dict__
+        for group in (held["_parameters"], held["_buffers"]):
+            tensors.extend(tensor for tensor in group.values() if tensor is not None)
+        for child in held["_modules"].values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                modules.append(child)
+    return modules, tensors
+
+
+def _same(one: list[Any], other: list[Any]) -> bool:
+    return len(one) == len(other) and all(map(operator.is_, one, other))
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return type(tensor) in _PLAIN and tensor.layout == torch.strided
+
+
+def _mark(tensor: torch.Tensor) -> tuple[int, int, bool]:
+    return tensor._version, tensor.data_ptr() if _is_plain(tensor) else 0, tensor.requires_grad
+
+
+def _flags(modules: list[nn.Module]) -> list[bool]:
+    return [module.training for module in modules]
+
+
+def _hooks(modules: list[nn.Module]) -> list[int]:
+    """The ids of the hooks of a model's submodules, which only a forward pass of its own calls."""
+    found: list[int] = []
+    for module in modules[1:]:
+        held = module.__dict__
+        for hooks in (
+            held["_forward_pre_hooks"],
+            held["_forward_hooks"],
+            held["_backward_pre_hooks"],
+            held["_backward_hooks"],
+        ):
+            if hooks:
+                found.extend(hooks)
+    return found
