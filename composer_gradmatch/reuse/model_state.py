@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,11 +31,12 @@ class ModelState:
         self._modules, self._tensors = _parts(model)
         self._flags, self._hooks = _flags(self._modules), _hooks(self._modules)
         self._marks = [_mark(tensor) for tensor in self._tensors]
-        self._probes = [
-            tensor.detach().as_strided((1,), (1,))
+        self._probed = [
+            tensor
             for tensor in self._tensors
             if _is_plain(tensor) and tensor.device.type == "cpu" and tensor.is_floating_point() and tensor.numel()
         ]
+        self._probes = [tensor.detach().as_strided((1,), (1,)) for tensor in self._probed]
         self._numbers = self._read()
 
     def renew(self) -> ModelState:
@@ -65,12 +65,14 @@ class ModelState:
             return "a parameter or a buffer was changed, or a layer frozen or unfrozen"
         return None
 
-    def buffers_that_are_as_they_were(self) -> Callable[[torch.Tensor], bool]:
-        """Whether a tensor is one of the model's that has not been changed since, as far as its counter shows."""
-        same = {
-            id(tensor) for tensor, mark in zip(self._tensors, self._marks, strict=True) if _mark(tensor) == mark
-        } & {id(tensor) for tensor in _parts(self._model)[1]}
-        return lambda tensor: id(tensor) in same
+    def as_they_were(self) -> set[int]:
+        """The ids of the parameters and buffers that are the model's still and show no change."""
+        now, then = self._read(), self._numbers
+        other = {id(self._probed[i]) for i in range(len(self._probed)) if now[8 * i :][:8] != then[8 * i :][:8]}
+        marked = zip(self._tensors, self._marks, strict=True)
+        return ({id(tensor) for tensor, mark in marked if _mark(tensor) == mark} - other) & set(
+            map(id, _parts(self._model)[1])
+        )
 
     def _read(self) -> bytes:
         # As bytes, in which what is not a number equals itself.

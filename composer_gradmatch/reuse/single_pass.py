@@ -7,9 +7,10 @@ What keeps a served step from being wrong, and what each check sees and costs:
   state (:class:`.ModelState`) and the picks' tensors. Microseconds; where they differ, the Trainer's forward is the
   model's own.
 - In the first ten steps, and then at steps that are drawn, so often that it costs at most 0.25 % of training each: the
-  outputs of one sample alone by the model itself, which shows numbers from elsewhere (a file, a C extension) and
-  samples that are mixed; of the whole minibatch, with the same random numbers, where there are dropout or batch
-  normalisation; and where samples lie in all saved tensors, which shows what mixes them, too. See :class:`.SpotChecks`.
+  outputs of two samples alone by the model itself, when the pass is made, and when the Trainer asks for it, which show
+  numbers from elsewhere (a file, a C extension) and samples that are mixed; of the whole minibatch, with the same
+  random numbers, where there are dropout or batch normalisation; and where samples lie in all saved tensors, which
+  shows what mixes them, too. See :class:`.SpotChecks`.
 - At the capture, at steps 100, 1000, 10,000, and at steps that are drawn, so often that it costs at most 0.25 % of
   training: the gradients of all parameters.
 """
@@ -99,12 +100,9 @@ class SinglePass:
         self._marks: list[Any] = []
         self._state: ModelState | None = None
         self._served: set[int] = set()
-        self._others_came = False
-        self._outputs_check, self._layouts_check, self._gradients_check = (
-            SpotChecks(_SHARE),
-            SpotChecks(_SHARE),
-            SpotChecks(_SHARE, first=0, guess=3.0),
-        )
+        self._others_came = self._checks_late = False
+        self._outputs_check, self._layouts_check, self._late_check = (SpotChecks(_SHARE) for _ in range(3))
+        self._gradients_check = SpotChecks(_SHARE, first=0, guess=3.0)
         self._recaptures = 0
         #: In how many steps in a row the Trainer's forward was the model's own, and why in the last.
         self._in_vain, self._why_in_vain = 0, ""
@@ -114,6 +112,12 @@ class SinglePass:
         self._changed: str | None = None
         #: Whether a few samples can be run alone.
         self._runs_alone = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SinglePass:
+        """What a copy of the model that is made within a step has in its ``forward``: it is served nothing."""
+        other: SinglePass = object.__new__(SinglePass)
+        other.model, other._pass, other.installed = memo.get(id(self.model), self.model), None, False
+        return other
 
     @property
     def pending(self) -> bool:
@@ -209,7 +213,7 @@ class SinglePass:
         graphs.steps += 1
         self._pass.run.num_picks = len(picks)
         self._marks = self._mark_picks()
-        self._served, self._others_came = set(), False
+        self._served, self._others_came, self._checks_late = set(), False, self._late_check.due()
         self._install()
 
     def _install(self) -> None:
@@ -429,6 +433,8 @@ class SinglePass:
 
     def _serve(self, batch: Any) -> Any:
         """What stands in for the model's ``forward``."""
+        if self._pass is None:
+            return type(self.model).forward(self.model, batch)
         own_forward = self._own_forward
         try:
             rows = self._rows(batch)
@@ -451,8 +457,8 @@ class SinglePass:
         """Lets this step be one of two passes, because of what changed since the selection."""
         self._in_vain, self._why_in_vain = self._in_vain + 1, f"{why} between the selection and the forward pass"
         assert self._state is not None
-        as_they_were = self._state.buffers_that_are_as_they_were()
-        kept = [(buffer, buffer.clone()) for buffer in self.model.buffers() if not as_they_were(buffer)]
+        as_they_were = self._state.as_they_were()
+        kept = [(buffer, buffer.clone()) for buffer in self.model.buffers() if id(buffer) not in as_they_were]
         held = [(module, dict(module._buffers)) for module in self.model.modules()]
         self._undo()
         with torch.no_grad():
@@ -474,6 +480,9 @@ class SinglePass:
         self._changed = self._state.change()
         if self._changed is None and not self._pass.holds():
             self._changed = "what its forward pass reads was changed"
+        if self._changed is None and self._checks_late:
+            self._checks_late = False
+            self._check_late()
         if self._changed is not None:
             return None
         rows = None
@@ -481,6 +490,20 @@ class SinglePass:
             rows = find_rows(self._inputs(batch), self._inputs(self._picked), len(self._picks), self._pass.read)
         self._others_came |= rows is None
         return rows
+
+    def _check_late(self) -> None:
+        """Compares outputs once more when the Trainer asks for them, after all that a user may do before."""
+        assert self._pass is not None
+        assert self._state is not None
+        try:
+            with self._late_check.measured():
+                self._compare_outputs(self._pass)
+        except UndecidedError:
+            pass
+        except UnsupportedError:
+            self._changed = "what its forward pass computes was changed"
+        finally:
+            self._state = self._state.renew()
 
     def _mark_picks(self) -> list[Any]:
         """What shows that a tensor of the picks that the forward pass reads was changed in place.
@@ -594,7 +617,9 @@ class SinglePass:
 
     def _own(self, batch: Any) -> Any:
         """What the model returns, uncompiled: Inductor draws other random numbers."""
-        return self.model(batch) if self._uncompiled is None else self._uncompiled(batch)
+        if self._uncompiled is not None:
+            return self._uncompiled(batch)
+        return self._own_forward(batch) if self._is_patched else self.model(batch)
 
     @torch.no_grad()
     def _check_loss(self, outputs: Any) -> None:

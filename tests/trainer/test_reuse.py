@@ -467,7 +467,8 @@ def test_an_error_within_a_step_leaves_a_model_that_others_can_train(served):
     algorithm = always()
     with pytest.raises(KeyError):
         trained(model, loader(CONV.data(M), M), [algorithm], callbacks=[Fails()])
-    assert algorithm._single_pass.installed
+    assert not algorithm._single_pass.installed
+    assert "forward" not in vars(model)
     del served[:]
     trained(model, loader(CONV.data(M), M), [always(reuse=False)])
     assert not served
