@@ -57,11 +57,12 @@ def check_samples(
 def _check_tokens(config: dict[str, Any], loader: DataLoader) -> None:
     values = {key: config.get(key) for key in ("max_duration", "save_interval", "eval_interval")}
     times = {key: parse_time(value) for key, value in values.items() if isinstance(value, str)}
-    counted = [key for key, time in times.items() if time is not None and time.unit.value == "tok"]
+    counted = {key: values[key] for key, time in times.items() if time is not None and time.unit.value == "tok"}
+    if config.get("accumulate_train_batch_on_tokens"):
+        counted["accumulate_train_batch_on_tokens"] = True
     if counted and not DataSpec(loader).get_num_tokens_in_batch(_few_samples(loader)):
-        raise ConfigError(
-            f"{counted[0]}: {values[counted[0]]!r} counts tokens, and the data have none. Give it in ba or ep."
-        )
+        key, value = next(iter(counted.items()))
+        raise ConfigError(f"{key}: {value!r} counts tokens, and a batch of {config['train_loader']['name']} has none.")
 
 
 def _few_samples(loader: DataLoader) -> Any:
@@ -150,6 +151,9 @@ def refusing_key(config: dict[str, Any], error: BaseException) -> str | None:
     factories = dict(_factories(config))
     for frame in reversed(frames_of(error)):
         own, module = frame.f_locals.get("self"), frame.f_globals.get("__name__", "")
+        if module == "composer.trainer.trainer":
+            # The optimizer calls the whole of the Trainer's step: what that raises is not the optimizer's doing.
+            return None
         for key, factory in factories.items():
             if (inspect.isclass(factory) and isinstance(own, factory)) or module == factory.__module__:
                 return key

@@ -56,6 +56,13 @@ def _prepare_run_folder(config: dict[str, Any], folder: Path) -> None:
             raise ConfigError(f"save_folder: cannot make the folder {folder}: {error}.") from error
 
 
+def _free_run_folder(config: dict[str, Any], run_name: str) -> None:
+    """Leaves the folder of a run that was refused on its first batch to the next, unless it has a checkpoint."""
+    folder = _run_folder(config, run_name)
+    if folder is not None and dist.get_global_rank() == 0 and not list(folder.glob("*.pt")):
+        (folder / "config.yaml").unlink(missing_ok=True)
+
+
 def _with_log_file(loggers: dict[str, Any] | None, folder: Path | None) -> dict[str, Any]:
     """Puts the file logger's file into the run folder, beside what earlier parts of the run have logged.
 
@@ -181,6 +188,9 @@ def train(config: dict[str, Any]) -> Trainer:
         with setting_up(config, "the run failed on its first batch", begun):
             trainer.fit()
         table = summary.table(trainer.state)
+    except ConfigError:
+        _free_run_folder(config, trainer.state.run_name)
+        raise
     finally:
         trainer.close()
     if dist.get_global_rank() == 0:

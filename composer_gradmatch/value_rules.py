@@ -110,6 +110,8 @@ _batches = Rule(lambda value: value == -1 or value >= 1, "at least 1, or -1 for 
 _span = _time("ep", "ba", "sp", "tok", "dur")
 _delay = _time("ep", "ba", "sp", "tok", "dur", zero=True)
 _repeat = _time("ep", "ba", "sp", "tok", "dur", "sec", zero=True)
+# Beyond, a learning rate that is their product overflows float32.
+_rate = _between(0, 10**6)
 _classes = Rule(lambda value: 2 <= value <= 10**6, "the number of classes, from 2 to 1,000,000")
 _width = _between(1, 2**16)
 _nonempty = Rule(lambda value: bool(value.strip()) and "\0" not in value, "a name that is not empty")
@@ -204,7 +206,7 @@ ARGUMENT_RULES: dict[str, dict[str, Rule]] = {
         "step_size": _at_least(1),
         "stochastic_method": _one_of("block", "sample"),
         "swa_end": _time("ep", "ba", "sp", "tok", "dur"),
-        "swa_lr": _positive,
+        "swa_lr": _rate,
         "swa_start": _delay,
         "tau": _at_least(1),
         "update_interval": _span,
@@ -241,13 +243,13 @@ ARGUMENT_RULES: dict[str, dict[str, Rule]] = {
         "max_logs_per_message": _at_least(1),
     },
     "model": {"depth": _between(1, 10**4), "num_classes": _classes, "num_labels": _classes, "width": _width},
-    "optimizer": {"dampening": _not_negative, "eps": _not_negative, "lr": _not_negative, "weight_decay": _not_negative},
+    "optimizer": {"dampening": _not_negative, "eps": _not_negative, "lr": _rate, "weight_decay": _not_negative},
     "scheduler": {
-        "alpha": _not_negative,
-        "alpha_f": _not_negative,
-        "alpha_i": _not_negative,
+        "alpha": _rate,
+        "alpha_f": _rate,
+        "alpha_i": _rate,
         "decay_period": _span,
-        "gamma": _not_negative,
+        "gamma": _rate,
         "milestones": Rule(lambda value: all(map(_delay.holds, value)), f"a list of times, each {_delay.expected}"),
         "power": _not_negative,
         "step_size": _span,
