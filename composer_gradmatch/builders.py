@@ -252,7 +252,7 @@ def check_loader(where: str, section: Any) -> list[str]:
         problems = [
             f"{where}.{key}: expected num_workers of at least 1 beside it; got {section[key]!r} without workers."
             for key in ("persistent_workers", "prefetch_factor", "timeout")
-            if section.get(key)
+            if section.get(key) and not number_problems(key, section[key])
         ]
     return problems
 

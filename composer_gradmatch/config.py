@@ -118,7 +118,7 @@ def parse_time(text: str) -> Time | None:
         time = Time.from_timestring(text)
     except (ValueError, TypeError, OverflowError, AssertionError, AttributeError):
         return None
-    return None if time.value < 0 else time
+    return time if time.value >= 0 else None  # Not of nan, which Composer reads.
 
 
 def argument_problems(

@@ -7,10 +7,11 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from string import Formatter
 from typing import Any, NamedTuple
 
 from composer.core import Time, Timestamp
-from composer.utils.file_helpers import format_name_with_dist, format_name_with_dist_and_time
+from composer.utils.file_helpers import format_name_with_dist_and_time
 
 from composer_gradmatch.config import parse_time
 
@@ -72,27 +73,28 @@ def _time(*units: str, zero: bool = False) -> Rule:
     return Rule(holds, f"a time such as {example!r}, in {', '.join(units)} ({', '.join(limits)})")
 
 
-def _formats(template: str) -> bool:
-    """Whether a template has only the placeholders that Composer fills in for a folder."""
-    return bool(template.strip()) and "\0" not in template and _fill(template) is not None
+_IN_FOLDERS = {"run_name", "rank", "local_rank", "world_size", "local_world_size", "node_rank"}
+_IN_FILES = _IN_FOLDERS | {"epoch", "batch", "sample", "token", "batch_in_epoch", "sample_in_epoch", "token_in_epoch"}
+_IN_FILES |= {"total_wct", "epoch_wct", "batch_wct"}
 
 
-def _fill(template: str) -> str | None:
+def _has_only(template: str, placeholders: set[str]) -> bool:
+    """Whether a template has no placeholders but some, each by its bare name: Composer fills them in in two goes."""
     try:
-        filled = format_name_with_dist(template, "run")
-    except (LookupError, ValueError, TypeError, AttributeError):
-        return None
-    return None if "{" in filled or "}" in filled else filled
+        fields = [field for _, *field in Formatter().parse(template) if field[0] is not None]
+    except ValueError:
+        return False
+    doubled = "{{" in template or "}}" in template
+    return not doubled and all(name in placeholders and not spec and not how for name, spec, how in fields)
 
 
-def _names_a_file(template: str) -> bool:
-    if "\0" in template:
-        return False
-    try:
-        name = format_name_with_dist_and_time(template, "run", Timestamp())
-    except (LookupError, ValueError, TypeError, AttributeError):
-        return False
-    return os.path.basename(name) not in ("", ".", "..") and "{" not in name
+def _is_folder(template: str) -> bool:
+    return bool(template.strip()) and "\0" not in template and _has_only(template, _IN_FOLDERS)
+
+
+def _is_file(template: str) -> bool:
+    ends_well = os.path.basename(template).strip() not in ("", ".", "..")
+    return ends_well and "\0" not in template and _has_only(template, _IN_FILES)
 
 
 def _is_timeout(seconds: float) -> bool:
@@ -116,7 +118,7 @@ _classes = Rule(lambda value: 2 <= value <= 10**6, "the number of classes, from 
 _width = _between(1, 2**16)
 _nonempty = Rule(lambda value: bool(value.strip()) and "\0" not in value, "a name that is not empty")
 _template = Rule(
-    _formats, "a name that is not empty, with no placeholders but {run_name}, {rank}, {local_rank}, {world_size}, ..."
+    _is_folder, "a name that is not empty, with no placeholders but {run_name}, {rank}, {local_rank}, {world_size}, ..."
 )
 
 TRAINER_RULES: dict[str, Rule] = {
@@ -125,7 +127,8 @@ TRAINER_RULES: dict[str, Rule] = {
     "device": Rule(lambda value: value.lower() in ("cpu", "gpu", "mps", "tpu", "hpu"), "cpu, gpu, mps, tpu or hpu"),
     "device_eval_batch_size": _count,
     "device_train_microbatch_size": Rule(
-        lambda value: value == "auto" or (not isinstance(value, str) and value >= 1), "at least 1, or 'auto' on a GPU"
+        lambda value: value == "auto" or (isinstance(value, int) and value >= 1),
+        "a whole number of at least 1, or 'auto' on a GPU",
     ),
     "eval_interval": _repeat,
     "eval_subset_num_batches": _batches,
@@ -139,14 +142,14 @@ TRAINER_RULES: dict[str, Rule] = {
         lambda value: _nonempty.holds(value) and not set(value) & set("{}"), "a name that is not empty, without braces"
     ),
     "save_filename": Rule(
-        _names_a_file,
+        _is_file,
         "the name of a file, with no placeholders but {rank}, {epoch}, {batch}, {sample}, {token} and Composer's "
         "others",
     ),
     "save_folder": _template,
     "save_interval": _repeat,
     "save_num_checkpoints_to_keep": _at_least(-1),
-    "scale_schedule_ratio": _positive,
+    "scale_schedule_ratio": Rule(lambda value: 0 < value <= 10**6, "above 0 and at most 1,000,000"),
     "seed": _between(0, 2**32 - 1),
     "train_subset_num_batches": _batches,
 }

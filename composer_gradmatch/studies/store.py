@@ -149,8 +149,18 @@ class Store:
         return self._records / f"{run.key}.json"
 
     def save(self, run: Run, record: Record) -> None:
-        """Keeps a run's record for good."""
-        write_atomically(self.path(run), json.dumps(vars(record), default=str))
+        """Keeps a run's record for good.
+
+        Raises:
+            ConfigError: If it cannot be written.
+        """
+        self._write(self.path(run), json.dumps(vars(record), default=str))
+
+    def _write(self, path: Path, text: str) -> None:
+        try:
+            write_atomically(path, text)
+        except OSError as error:
+            raise ConfigError(f"--out {self.folder}: {_cannot_write(error)}") from error
 
     def has(self, run: Run, retry_failed: bool = False) -> bool:
         """Whether a run needs not be made: it is recorded (and, with ``retry_failed``, did not fail).
@@ -194,7 +204,7 @@ class Store:
         writer.writeheader()
         writer.writerows(rows)
         path = self.folder / name
-        write_atomically(path, text.getvalue())
+        self._write(path, text.getvalue())
         return path
 
 
