@@ -114,6 +114,8 @@ def one_line(error: BaseException) -> str:
 
 def parse_time(text: str) -> Time | None:
     """Reads a time string such as ``"10ep"`` as Composer does; None if it is none, or negative."""
+    if not text.strip():
+        return None  # Composer reads no time as 0 seconds.
     try:
         time = Time.from_timestring(text)
     except (ValueError, TypeError, OverflowError, AssertionError, AttributeError):

@@ -157,6 +157,8 @@ def refusing_key(config: dict[str, Any], error: BaseException) -> str | None:
         for key, factory in factories.items():
             if (inspect.isclass(factory) and isinstance(own, factory)) or module == factory.__module__:
                 return key
+        if module == "composer.callbacks.checkpoint_saver":
+            return "save_filename" if frame.f_code.co_name == "fit_start" else "save_folder"
         if module.startswith(("torch._dynamo", "torch._inductor")) and config.get("compile_config") is not None:
             return "compile_config"
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from string import Formatter
@@ -74,8 +75,8 @@ def _time(*units: str, zero: bool = False) -> Rule:
 
 
 _IN_FOLDERS = {"run_name", "rank", "local_rank", "world_size", "local_world_size", "node_rank"}
-_IN_FILES = _IN_FOLDERS | {"epoch", "batch", "sample", "token", "batch_in_epoch", "sample_in_epoch", "token_in_epoch"}
-_IN_FILES |= {"total_wct", "epoch_wct", "batch_wct"}
+_TIMES = ("epoch", "batch", "sample", "token", "batch_in_epoch", "sample_in_epoch", "token_in_epoch")
+_IN_FILES = {*_IN_FOLDERS, *_TIMES}
 
 
 def _has_only(template: str, placeholders: set[str]) -> bool:
@@ -94,7 +95,18 @@ def _is_folder(template: str) -> bool:
 
 def _is_file(template: str) -> bool:
     ends_well = os.path.basename(template).strip() not in ("", ".", "..")
-    return ends_well and "\0" not in template and _has_only(template, _IN_FILES)
+    return ends_well and "\0" not in template and _has_only(template, _IN_FILES) and _is_pattern(template)
+
+
+def _is_pattern(template: str) -> bool:
+    """Whether Composer, which looks for earlier checkpoints by a pattern made of the name, can make one."""
+    for name in _TIMES:
+        template = template.replace(f"{{{name}}}", f"(?P<{name}>\\d+)")
+    try:
+        re.compile(template)
+    except re.error:
+        return False
+    return True
 
 
 def _is_timeout(seconds: float) -> bool:

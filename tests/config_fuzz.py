@@ -78,8 +78,10 @@ NUMBERS = [
     float("inf"),
     -float("inf"),
 ]
-TIMES = "1ep 0ep -1ep 1.5ep 3ba 0ba 1dur 0dur 2dur 0.5dur nandur infba 1sec 1iter 5tok 7sp 1h ep".split()
-TEXTS = ["", " ", "\n", "a\0b", *"foo {foo} {} { {epoch} {run_name} ${x} ??? a/b / .. fp16 null é".split()]
+TIMES = ["1ep", "0ep", "-1ep", "1.5ep", "3ba", "0ba", "1dur", "0dur", "2dur", "0.5dur", "nandur", "infba", "1sec", "1h"]
+TIMES += ["1iter", "5tok", "7sp", "ep"]
+TEXTS = ["", " ", "\n", "a\0b", "foo", "{foo}", "{}", "{", "{epoch}", "{run_name}", "${x}", "???", "a/b", "/", ".."]
+TEXTS += ["fp16", "null", "é"]
 OTHERS = [
     None,
     True,
