@@ -251,4 +251,8 @@ def show_type(hint: Any) -> str:
         if issubclass(kind, Time):
             return "a time such as '10ep'"
         return f"one of {', '.join(str(member.value) for member in kind)}"
+    if typing.get_origin(hint) is list and parts:
+        return f"a list, each {show_type(parts[0])}"
+    if typing.get_origin(hint) is tuple and parts and Ellipsis not in parts:
+        return f"a list of {len(parts)}: {', '.join(map(show_type, parts))}"
     return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))

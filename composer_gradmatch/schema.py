@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import typing
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from composer import Trainer
 from composer.core import Time
+from composer.utils import ParallelismConfig
 from composer.utils.file_helpers import format_name_with_dist
 
 from composer_gradmatch.builders import check_entries, check_loader, check_section
@@ -136,6 +138,14 @@ def _device_problems(config: dict[str, Any]) -> list[str]:
     precision = config.get("precision") or "fp32"
     if asked == "cpu" and precision.lower() != "fp32":
         problems.append(f"precision: {precision!r} is not supported for CPU training. Expected fp32.")
+    if config.get("precision_config") and precision.lower() != "amp_fp8":
+        problems.append(f"precision_config: only precision=amp_fp8 has one; the precision is {precision!r}.")
+    kinds = [each.name for each in dataclasses.fields(ParallelismConfig)]
+    parallel = config.get("parallelism_config")
+    unknown = [key for key in parallel or {} if key not in kinds]
+    problems += [f"parallelism_config.{key}: unknown key; {nearest(key, kinds)}" for key in unknown]
+    if asked == "cpu" and parallel is not None and not unknown:
+        problems.append("parallelism_config: Composer shards models on accelerators only, and the device is 'cpu'.")
     if asked != "gpu" and config.get("device_train_microbatch_size") == "auto":
         problems.append(
             f"device_train_microbatch_size: 'auto' needs a GPU, and the device is {asked!r}. Give a number."

@@ -22,6 +22,8 @@ from composer_gradmatch.refusals import frames_of, refusing, touches_users_code
 __all__ = ["BatchesBegun", "check_samples", "refusing_key", "setting_up"]
 
 _FEW = 2
+#: Composer's functions that only the loading of a checkpoint calls from a Trainer of ours.
+_LOADING = ("load_checkpoint", "maybe_create_object_store_from_uri")
 
 
 def check_samples(
@@ -157,6 +159,8 @@ def refusing_key(config: dict[str, Any], error: BaseException) -> str | None:
         for key, factory in factories.items():
             if (inspect.isclass(factory) and isinstance(own, factory)) or module == factory.__module__:
                 return key
+        if module.startswith("composer.") and frame.f_code.co_name in _LOADING:
+            return "load_path"
         if module == "composer.callbacks.checkpoint_saver":
             return "save_filename" if frame.f_code.co_name == "fit_start" else "save_folder"
         if module.startswith(("torch._dynamo", "torch._inductor")) and config.get("compile_config") is not None:

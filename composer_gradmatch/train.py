@@ -42,7 +42,10 @@ def _run_folder(config: dict[str, Any], run_name: str) -> Path | None:
 
 def _prepare_run_folder(config: dict[str, Any], folder: Path) -> None:
     """Makes a run's folder; refuses one that holds another run."""
-    taken = folder.is_dir() and any(path.name == "config.yaml" or path.suffix == ".pt" for path in folder.iterdir())
+    try:
+        taken = folder.is_dir() and any(path.name == "config.yaml" or path.suffix == ".pt" for path in folder.iterdir())
+    except OSError as error:
+        raise ConfigError(f"save_folder: cannot look into {folder}: {error}.") from error
     if taken and not (config.get("autoresume") or config.get("save_overwrite")):
         raise ConfigError(
             f"save_folder: {folder} already holds a run. Choose another run_name=..., continue it with "

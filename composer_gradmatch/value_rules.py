@@ -90,7 +90,9 @@ def _has_only(template: str, placeholders: set[str]) -> bool:
 
 
 def _is_folder(template: str) -> bool:
-    return bool(template.strip()) and "\0" not in template and _has_only(template, _IN_FOLDERS)
+    # A URI would be taken for a local folder of that name: what is written there is not sent on.
+    local = bool(template.strip()) and "\0" not in template and "://" not in template
+    return local and _has_only(template, _IN_FOLDERS)
 
 
 def _is_file(template: str) -> bool:
@@ -130,7 +132,8 @@ _classes = Rule(lambda value: 2 <= value <= 10**6, "the number of classes, from 
 _width = _between(1, 2**16)
 _nonempty = Rule(lambda value: bool(value.strip()) and "\0" not in value, "a name that is not empty")
 _template = Rule(
-    _is_folder, "a name that is not empty, with no placeholders but {run_name}, {rank}, {local_rank}, {world_size}, ..."
+    _is_folder,
+    "a local name that is not empty, with no placeholders but {run_name}, {rank}, {local_rank}, {world_size}, ...",
 )
 
 TRAINER_RULES: dict[str, Rule] = {
@@ -229,6 +232,7 @@ ARGUMENT_RULES: dict[str, dict[str, Rule]] = {
     },
     "callback": {
         "batch_log_interval": _at_least(1),
+        "dataloader_label": _one_of("train", "eval"),
         "dist_aggregate_batch_interval": _at_least(1),
         "filename": _nonempty,
         "folder": _template,

@@ -57,7 +57,11 @@ BAD = [
             "a\0{batch}",
         )
     ),
-    *((("save_folder",), value) for value in ("", "{foo}", "a\0b", 0)),
+    *((("parallelism_config",), value) for value in ({"fsdp": {}}, {"foo": 1}, [])),
+    (("precision_config",), {"foo": 1}),
+    (("load_path",), "c.yaml"),
+    (("callbacks", "early_stopper"), {"monitor": "MulticlassAccuracy", "dataloader_label": "foo"}),
+    *((("save_folder",), value) for value in ("s3://a/b", "a" * 300, "/proc/x", "c.yaml", "", "{foo}", "a\0b", 0)),
     *((("run_name",), value) for value in ("", "  ", "{foo}", "a\0b")),
     *((("save_num_checkpoints_to_keep",), value) for value in (-2, 1.5)),
     *((("train_loader", "num_workers"), value) for value in (-1, 100_000, 10**20)),
