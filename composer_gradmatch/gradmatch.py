@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,18 +14,13 @@ from composer.core import Algorithm, Event, Precision, State
 from composer.loggers import Logger
 from torch import nn
 
-from composer_gradmatch.batches import count_samples, take_samples, tensor_leaves
-from composer_gradmatch.last_layer import (
-    OutputLayerTap,
-    find_output_layer,
-    last_layer_gram,
-    resolve_output_layer,
-    watch_linears,
-)
+from composer_gradmatch.batches import count_samples, take_samples
+from composer_gradmatch.last_layer import OutputLayerTap, last_layer_gram, resolve_output_layer
 from composer_gradmatch.layer_gradients import LayerGradients, gram_of_all
 from composer_gradmatch.losses import LossFn, check_unit_weights
 from composer_gradmatch.match import Match, match_mean_gradient, match_on_device
 from composer_gradmatch.matching import Solver, check_solver
+from composer_gradmatch.output_layer import CheckedTap, observe_output_layer
 from composer_gradmatch.selection_pass import check_scale_factor, no_trace, scale_inputs, unwrap
 from composer_gradmatch.spans import span
 from composer_gradmatch.subset_backprop import Selection, WholeBatch
@@ -68,12 +65,15 @@ def select_using_gradient_matching(
 
     Returns:
         tuple[torch.Tensor, torch.Tensor, torch.Tensor]: The picked inputs, their targets and their weights; the
-        weights are on the inputs' device and sum to their number. All samples, with weights one, if the mean
-        gradient is zero.
+        weights are on the inputs' device and sum to their number. All samples, with weights one, if ``keep`` is 1
+        or the mean gradient is zero.
 
     Raises:
-        ValueError: If an argument is out of range, lengths differ, or the gradients are not finite.
+        TypeError: If ``loss_fun`` is no function that takes ``reduction``.
+        ValueError: If an argument is out of range, lengths differ, the output layer is not found or no linear one, or
+            the gradients are not finite.
     """
+    _check_takes_reduction(loss_fun)
     if not 0 < keep <= 1:
         raise ValueError(f"keep must be in (0, 1], got {keep}.")
     check_scale_factor(scale_factor)
@@ -82,18 +82,22 @@ def select_using_gradient_matching(
         raise ValueError(
             f"input and target need the same number of samples, at least one; got {len(input)} and {len(target)}."
         )
+    if keep == 1:
+        return input, target, torch.ones(len(input), device=input.device)
     (scaled,) = scale_inputs((input,), 0, scale_factor)
     with no_trace(model):
         if output_layer is None:
             layer = observe_output_layer(model, scaled)
         else:
             layer = resolve_output_layer(model, output_layer)
-        with OutputLayerTap(layer).open() as tap:
+        with CheckedTap(model, layer, output_layer is not None).open() as tap:
             losses = loss_fun(model(scaled), target, reduction="none")
             if losses.shape[:1] != input.shape[:1]:
                 raise ValueError(f"loss_fun must return one loss a sample, got shape {tuple(losses.shape)}.")
             losses = losses.flatten(1).sum(1) if losses.dim() > 1 else losses
             inputs, grads = tap.inputs_and_grads(losses)
+    if tap.warning is not None:
+        warnings.warn(tap.warning, stacklevel=2)
     num_picks = max(1, int(keep * len(input)))
     gram = last_layer_gram(inputs.double(), grads.double(), layer.bias is not None)
     match = match_mean_gradient(gram, num_picks, solver=solver, ridge=ridge, tolerance=tolerance)
@@ -103,20 +107,19 @@ def select_using_gradient_matching(
     return input[indices], target[indices.to(target.device)], match.weights.float().to(input.device)
 
 
-@torch.no_grad()
-def observe_output_layer(model: nn.Module, batch: Any) -> nn.Linear:
-    """The linear layer that puts out what a model returns, found by one forward pass.
-
-    Args:
-        model (nn.Module): Called on the batch; wrap in :func:`.no_trace` to leave its buffers alone.
-        batch (Any): What the model takes.
-
-    Raises:
-        ValueError: If no linear layer's output is among the model's outputs.
-    """
-    with watch_linears(model) as calls:
-        outputs = model(batch)
-    return find_output_layer(model, calls, list(tensor_leaves(outputs)))
+def _check_takes_reduction(loss_fun: Callable[..., torch.Tensor]) -> None:
+    """Raises unless a function can be called with ``reduction='none'``, as far as its signature tells."""
+    remedy = "pass a function of (outputs, target, reduction='none'), F.cross_entropy for example."
+    if not callable(loss_fun):
+        raise TypeError(f"loss_fun must be a function, got {type(loss_fun).__name__}: {remedy}")
+    try:
+        parameters = inspect.signature(loss_fun.forward if isinstance(loss_fun, nn.Module) else loss_fun).parameters
+    except ValueError:
+        return  # A function of C's, which tells no signature.
+    if "reduction" not in parameters and not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        raise TypeError(
+            f"loss_fun takes no keyword argument 'reduction', so it cannot give the loss of each sample: {remedy}"
+        )
 
 
 class GradMatch(TwoPassBackprop):
@@ -229,13 +232,14 @@ class GradMatch(TwoPassBackprop):
         self.solver: Solver = solver
         self.ridge, self.tolerance = ridge, tolerance
         self._layer: nn.Linear | None = None
+        self._sample_dim: int | None = None
         self._changed_in_place = False
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         """Runs the part of the algorithm that belongs to an event: see :class:`.Algorithm`."""
         if event == Event.FIT_START:
             # Algorithms may have replaced modules since.
-            self._layer, self._changed_in_place = None, False
+            self._layer, self._sample_dim, self._changed_in_place = None, None, False
         super().apply(event, state, logger)
 
     def _check_setup(self, state: State) -> None:
@@ -284,6 +288,18 @@ class GradMatch(TwoPassBackprop):
                     self._layer = observe_output_layer(model, scale_inputs(batch, self.input_key, self.scale_factor))
         return self._layer
 
+    def _tap(self, state: State, layer: nn.Linear) -> OutputLayerTap:
+        """A tap of the output layer, the first of which checks it."""
+        if self._sample_dim is None:
+            return CheckedTap(unwrap(state.model), layer, self.output_layer is not None)
+        return OutputLayerTap(layer, self._changed_in_place, self._sample_dim)
+
+    def _learn(self, tap: OutputLayerTap) -> None:
+        """Keeps what a tap has found, and says what it has to say."""
+        self._sample_dim = tap.sample_dim
+        if isinstance(tap, CheckedTap) and tap.warning is not None:
+            self._warn_once(tap.warning)
+
     def _few(self, state: State) -> tuple[Any, int]:
         """Some samples of the batch, for what takes more memory than selection does, and their number."""
         num_samples = count_samples(state.batch, self.input_key, self.target_key)
@@ -314,7 +330,7 @@ class GradMatch(TwoPassBackprop):
 
         def last_layer_gradients(batch: Any, n: int) -> LayerGradients:
             try:
-                with OutputLayerTap(layer, copy=self._changed_in_place).open() as tap:
+                with self._tap(state, layer).open() as tap:
                     outputs, losses = self._forward(state, batch, n)
                     with span("output_gradients"):
                         inputs, grads = tap.inputs_and_grads(losses)
@@ -324,7 +340,8 @@ class GradMatch(TwoPassBackprop):
                     raise
                 self._changed_in_place = True
                 return last_layer_gradients(batch, n)
-            return LayerGradients.of(layer, inputs, grads, tap.leaf.detach(), num_samples)
+            self._learn(tap)
+            return LayerGradients.of(layer, inputs, grads, tap.outputs, num_samples)
 
         with no_trace(unwrap(state.model)):
             parts = self._in_microbatches(state, num_samples, last_layer_gradients)
@@ -335,7 +352,9 @@ class GradMatch(TwoPassBackprop):
 
         def visit(single: SinglePass, losses: torch.Tensor) -> LayerGradients:
             with span("output_gradients"):
-                inputs, grads, outputs = single.inputs_and_grads(losses)
+                inputs, grads, outputs = (
+                    rows.movedim(self._sample_dim or 0, 0) for rows in single.inputs_and_grads(losses)
+                )
             return LayerGradients.of(self._output_layer(state), inputs, grads, outputs, num_samples)
 
         return self._once(state, num_samples, visit)
