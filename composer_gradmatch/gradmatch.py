@@ -154,8 +154,10 @@ class GradMatch(TwoPassBackprop):
         target_key (str | int | tuple[Callable, Callable] | Any, optional): Where a batch has its targets.
             Default: ``1``.
         output_layer (str | nn.Module, optional): The ``nn.Linear`` whose gradients stand for the model's: a dotted
-            name or the module itself. ``None`` finds the one that put out what the model returns.
-            Default: ``None``.
+            name or the module itself. ``None`` finds the one that put out what the model returns (its ``logits``, if
+            it names them), or what that is made from by nothing learned. Its output must be its input times its
+            weight plus its bias; where the loss goes through other parameters behind it, one that was found is an
+            error, and one that was named a warning. Default: ``None``.
         loss_fn (Callable, optional): A function of (outputs, batch) that returns the loss of each sample, shape
             (M,). ``None`` asks the model's own ``loss(..., reduction='none')`` or, for a ``HuggingFaceModel``, takes
             the loss of its task from its logits and labels. Default: ``None``.

@@ -7,7 +7,7 @@ give its gradients if its output is its input times its weight plus its bias.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,7 +65,7 @@ def observe_output_layer(model: nn.Module, batch: Any) -> nn.Linear:
     """The linear layer that puts out what a model returns, or what it is made from by nothing learned.
 
     A layer's output that is returned as it is is found by one forward pass. Where what is returned is a part of an
-    output, or another function of it without parameters, it takes one more for each layer of as many outputs.
+    output, or another function of it without parameters, the graph of a second pass shows which.
 
     Args:
         model (nn.Module): Called on the batch; wrap in :func:`.no_trace` to leave its buffers alone.
@@ -77,14 +77,15 @@ def observe_output_layer(model: nn.Module, batch: Any) -> nn.Linear:
     with watch_linears(model) as calls:
         returned = returned_tensors(model(copy_structure(batch)))
     found = as_returned(calls, returned)
+    applied = None
     if not found:
-        widths = {1, *(tensor.shape[-1] for tensor in returned if tensor.dim())}
-        last_first = {id(layer): layer for layer, _ in reversed(calls) if layer.out_features in widths}
-        once = [layer for layer in last_first.values() if sum(layer is called for called, _ in calls) == 1]
-        found = [layer for layer in once if _is_made_from(model, batch, layer)]
+        with torch.enable_grad(), _watch_nodes(model) as nodes:
+            returned = returned_tensors(model(copy_structure(batch)))
+        found = [layer for layer, _ in nodes if _is_made_from(returned, layer, nodes)]
+        if not found:
+            applied = _applied_without_linear(model, returned, {node for _, node in nodes})
     if len(found) == 1:
         return found[0]
-    applied = None if found else _applied_without_linear(model, batch)
     if applied is None:
         raise ValueError(cannot_find(model, len(found)))
     raise ValueError(
@@ -96,19 +97,37 @@ def observe_output_layer(model: nn.Module, batch: Any) -> nn.Linear:
     )
 
 
-def _is_made_from(model: nn.Module, batch: Any, layer: nn.Linear) -> bool:
-    """Whether what a model returns depends on a layer's output, and on nothing learned behind it."""
-    with OutputLayerTap(layer).open():
-        returned = returned_tensors(model(copy_structure(batch)))
-    dependent = [tensor for tensor in returned if tensor.requires_grad]
-    return bool(dependent) and not any(True for tensor in dependent for _ in _parameters_behind(tensor))
+@contextmanager
+def _watch_nodes(model: nn.Module) -> Iterator[list[tuple[nn.Linear, Any]]]:
+    """Lists each ``nn.Linear`` and the node of the graph that its output comes from, before anything changes it."""
+    nodes: list[tuple[nn.Linear, Any]] = []
+
+    def record(module: nn.Module, _: Any, output: Any) -> None:
+        assert isinstance(module, nn.Linear)
+        if isinstance(output, torch.Tensor) and output.grad_fn is not None:
+            nodes.append((module, output.grad_fn))
+
+    handles = [module.register_forward_hook(record) for module in model.modules() if isinstance(module, nn.Linear)]
+    try:
+        yield nodes
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-def _applied_without_linear(model: nn.Module, batch: Any) -> str | None:
-    """The names of the parameter that what a model returns was made with last, if no ``nn.Linear`` has it."""
-    with torch.enable_grad():
-        returned = returned_tensors(model(copy_structure(batch)))
-    last = next((each for tensor in returned for each in _parameters_behind(tensor)), None)
+def _is_made_from(returned: list[torch.Tensor], layer: nn.Linear, nodes: list[tuple[nn.Linear, Any]]) -> bool:
+    """Whether tensors of a layer's width depend on its only output, and on nothing learned behind or beside it."""
+    own = {node for called, node in nodes if called is layer}
+    made = [each for each in returned if each.dim() and each.shape[-1] in (1, layer.out_features)]
+    made = [each for each in made if own & set(_graph(each))]
+    return len(own) == 1 and bool(made) and not any(True for each in made for _ in _parameters(each, own))
+
+
+def _applied_without_linear(model: nn.Module, returned: list[torch.Tensor], linears: set[Any]) -> str | None:
+    """The names of the parameter that tensors were made with last, if no ``nn.Linear`` has it."""
+    behind = [parameter for tensor in returned for parameter in _parameters(tensor, linears)]
+    # Rather the matrix of a head than the scale of a norm before it, which is as near.
+    last = next((parameter for parameter in behind if parameter.dim() > 1), behind[0] if behind else None)
     owners = {
         f"{prefix}.{name}".removeprefix("."): module
         for prefix, module in model.named_modules()
@@ -117,24 +136,32 @@ def _applied_without_linear(model: nn.Module, batch: Any) -> str | None:
     }
     if not owners or any(isinstance(owner, nn.Linear) for owner in owners.values()):
         return None
-    return " = ".join(f"{name} (of a {type(owner).__name__})" for name, owner in owners.items())
+    return " = ".join(f"{name} (of {type(owner).__name__})" for name, owner in owners.items())
 
 
-def _parameters_behind(tensor: torch.Tensor) -> Iterator[nn.Parameter]:
-    """The parameters in a tensor's graph, those first that fewest operations are between."""
+def _graph(tensor: torch.Tensor, stop: Collection[Any] = ()) -> Iterator[Any]:
+    """The nodes of a tensor's graph, the nearest first, down to those to stop at."""
     waiting = deque([tensor.grad_fn])
     seen = {tensor.grad_fn}
     while waiting:
         node = waiting.popleft()
         if node is None:
             continue
-        variable = getattr(node, "variable", None)
-        if isinstance(variable, nn.Parameter):
-            yield variable
+        yield node
+        if node in stop:
+            continue
         for following, _ in node.next_functions:
             if following not in seen:
                 seen.add(following)
                 waiting.append(following)
+
+
+def _parameters(tensor: torch.Tensor, stop: Collection[Any] = ()) -> Iterator[nn.Parameter]:
+    """The parameters in a tensor's graph, the nearest first, down to the nodes to stop at."""
+    for node in _graph(tensor, stop):
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, nn.Parameter):
+            yield variable
 
 
 def learned_behind(losses: torch.Tensor, leaf: torch.Tensor, model: nn.Module) -> list[str]:
@@ -150,36 +177,23 @@ def learned_behind(losses: torch.Tensor, leaf: torch.Tensor, model: nn.Module) -
     Returns:
         list[str]: Their names, or shapes where they are none of the model's.
     """
-    found = list(_parameters_behind(losses))
+    found = list(_parameters(losses))
     if not found:
         return []
     try:
         (grads,) = torch.autograd.grad(losses.sum(), leaf, create_graph=True, allow_unused=True)
     except RuntimeError:
         grads = None  # An operation without second derivatives, which are not wanted: all that is found counts, then.
-    if grads is not None and not _is_opaque(grads):
-        made_with = {id(parameter) for parameter in _parameters_behind(grads)}
+    # A function written in Python can hide what its gradients are made with, if it can be differentiated only once.
+    opaque = any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in _graph(losses))
+    if grads is not None and not opaque:
+        made_with = {id(parameter) for parameter in _parameters(grads)}
         found = [parameter for parameter in found if id(parameter) in made_with]
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [
         names.get(id(parameter), f"one of shape {tuple(parameter.shape)} that is not the model's")
         for parameter in found
     ]
-
-
-def _is_opaque(grads: torch.Tensor) -> bool:
-    """Whether a function that can be differentiated only once hides what the gradients are made with."""
-    waiting, seen = [grads.grad_fn], {None, grads.grad_fn}
-    while waiting:
-        node = waiting.pop()
-        if node is None:
-            continue
-        if "Error" in node.name():
-            return True
-        following = {each for each, _ in node.next_functions} - seen
-        seen |= following
-        waiting.extend(following)
-    return False
 
 
 @contextmanager

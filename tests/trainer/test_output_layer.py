@@ -150,7 +150,7 @@ def fit(module, algorithm, data=None):
 
 
 def test_a_tied_head_is_named_and_no_other_layer_is_advised():
-    with pytest.raises(ValueError, match=r"embedding\.weight \(of a Embedding\).*head\.weight = that") as error:
+    with pytest.raises(ValueError, match=r"embedding\.weight \(of Embedding\).*head\.weight = that") as error:
         fit(TiedHead(), GradMatch(keep=0.4, **ON))
     assert "Its nn.Linear layers are" not in str(error.value)
     assert "not those of the head" in str(error.value)
