@@ -86,15 +86,7 @@ def observe_output_layer(model: nn.Module, batch: Any) -> nn.Linear:
             applied = _applied_without_linear(model, returned, {node for _, node in nodes})
     if len(found) == 1:
         return found[0]
-    if applied is None:
-        raise ValueError(cannot_find(model, len(found)))
-    raise ValueError(
-        f"Cannot find the output layer of {type(model).__name__}: what it returns is made with the parameter "
-        f"{applied}, which no nn.Linear of the model holds (a tied head is often F.linear(x, embedding.weight)), and "
-        "gradient matching needs this product to be an nn.Linear's. Give the model head = nn.Linear(..., bias=False) "
-        "with head.weight = that parameter, and return head(x), which are the same numbers; the gradients of any other "
-        f"layer are not those of the head. {_OTHERS}"
-    )
+    raise ValueError(cannot_find(model, len(found)) if applied is None else applied)
 
 
 @contextmanager
@@ -118,13 +110,13 @@ def _watch_nodes(model: nn.Module) -> Iterator[list[tuple[nn.Linear, Any]]]:
 def _is_made_from(returned: list[torch.Tensor], layer: nn.Linear, nodes: list[tuple[nn.Linear, Any]]) -> bool:
     """Whether tensors of a layer's width depend on its only output, and on nothing learned behind or beside it."""
     own = {node for called, node in nodes if called is layer}
-    made = [each for each in returned if each.dim() and each.shape[-1] in (1, layer.out_features)]
+    made = [each for each in returned if each.dim() and layer.out_features in (1, each.shape[-1])]
     made = [each for each in made if own & set(_graph(each))]
     return len(own) == 1 and bool(made) and not any(True for each in made for _ in _parameters(each, own))
 
 
 def _applied_without_linear(model: nn.Module, returned: list[torch.Tensor], linears: set[Any]) -> str | None:
-    """The names of the parameter that tensors were made with last, if no ``nn.Linear`` has it."""
+    """What to say of the parameter that tensors were made with last; None if an ``nn.Linear`` has it."""
     behind = [parameter for tensor in returned for parameter in _parameters(tensor, linears)]
     # Rather the matrix of a head than the scale of a norm before it, which is as near.
     last = next((parameter for parameter in behind if parameter.dim() > 1), behind[0] if behind else None)
@@ -134,9 +126,18 @@ def _applied_without_linear(model: nn.Module, returned: list[torch.Tensor], line
         for name, parameter in module.named_parameters(recurse=False)
         if parameter is last
     }
-    if not owners or any(isinstance(owner, nn.Linear) for owner in owners.values()):
+    if last is None or not owners or any(isinstance(owner, nn.Linear) for owner in owners.values()):
         return None
-    return " = ".join(f"{name} (of {type(owner).__name__})" for name, owner in owners.items())
+    names = " = ".join(f"{name} (of {type(owner).__name__})" for name, owner in owners.items())
+    if last.dim() != 2:
+        return f"{cannot_find(model, 0)} Behind their outputs, what it returns is made with the parameter {names}."
+    return (
+        f"Cannot find the output layer of {type(model).__name__}: what it returns is made with the parameter {names}, "
+        "which no nn.Linear of the model holds (a tied head is often F.linear(x, embedding.weight)), and gradient "
+        "matching needs this product to be an nn.Linear's. Give the model head = nn.Linear(..., bias=False) with "
+        "head.weight = that parameter, and return head(x), which are the same numbers; the gradients of any other "
+        f"layer are not those of the head. {_OTHERS}"
+    )
 
 
 def _graph(tensor: torch.Tensor, stop: Collection[Any] = ()) -> Iterator[Any]:
@@ -287,7 +288,7 @@ def _in_whole(parameter: torch.Tensor, needed: bool) -> torch.Tensor:
 
 def _is_there(tensor: torch.Tensor) -> bool:
     """Whether a tensor's numbers are in this process's memory: FSDP frees those that it has gathered."""
-    if isinstance(tensor, DTensor):
+    if isinstance(tensor, DTensor) or tensor.is_meta:
         return False
     return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 

@@ -85,6 +85,35 @@ def test_a_convolution_behind_a_layer_is_named():
         observe_output_layer(Behind(), torch.randn(4, 6))
 
 
+def test_one_output_without_its_dimension_leads_to_its_layer():
+    class Scalar(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(6, 1)
+
+        def forward(self, inputs):
+            return self.head(inputs).squeeze(-1).clone()
+
+    model = Scalar()
+    assert observe_output_layer(model, torch.randn(4, 6)) is model.head
+
+
+def test_a_learned_temperature_is_named_and_not_called_a_head():
+    class Temperature(Reordered):
+        def __init__(self):
+            super().__init__()
+            self.temperature = nn.Parameter(torch.ones(()))
+
+        def forward(self, inputs):
+            return super().forward(inputs) / self.temperature
+
+    with pytest.raises(
+        ValueError, match=r"no nn\.Linear.*made with the parameter temperature \(of Temperature\)"
+    ) as error:
+        observe_output_layer(Temperature(), torch.randn(4, 12))
+    assert "tied" not in str(error.value)
+
+
 def sample_grads(dim, shape, samples):
     def grads_of(sample):
         grads = torch.zeros(shape)
