@@ -66,12 +66,13 @@ def check_rows(rows_of: Rows, num_samples: int, deterministic: bool, remedy: str
             )
 
 
-def check_independence(losses: torch.Tensor, leaf: torch.Tensor) -> int | None:
+def check_independence(losses: torch.Tensor, leaf: torch.Tensor, sample_dim: int = 0) -> int | None:
     """Finds a sample whose loss depends on another sample's outputs.
 
     Args:
         losses (torch.Tensor): The samples' losses, shape (n,), with their graph from ``leaf``.
         leaf (torch.Tensor): Outputs with a row for each sample, shape (n, ...).
+        sample_dim (int, optional): Another dimension that is the samples'. Default: ``0``.
 
     Returns:
         int | None: Such a sample; None if there is none among those tried.
@@ -81,7 +82,8 @@ def check_independence(losses: torch.Tensor, leaf: torch.Tensor) -> int | None:
         (grad,) = torch.autograd.grad(losses[sample], leaf, retain_graph=True, allow_unused=True)
         if grad is None:
             continue
-        sizes = _distances(grad, torch.zeros_like(grad))
+        rows = grad.movedim(sample_dim, 0)
+        sizes = _distances(rows, torch.zeros_like(rows))
         if sizes.sum() - sizes[sample] > 1e-6 * sizes.max():
             return sample
     return None

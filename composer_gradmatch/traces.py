@@ -86,20 +86,29 @@ class ModelTraces:
             if name not in _OWN_OF_TORCH
         )
 
-    def restore(self, only_changed: bool = False) -> None:
-        """Puts everything back, as often as it is called.
+    def restore_buffers(self, only_changed: bool = False) -> None:
+        """Puts buffers back, as often as it is called.
 
         Args:
-            only_changed (bool, optional): Whether to leave tensors alone that have their content still, so that graphs
+            only_changed (bool, optional): Whether to leave those alone that have their content still, so that graphs
                 that have saved them stay valid. Default: ``False``.
         """
-        self._contents.restore()
         with torch.no_grad():
             # All of them: batch_norm changes its buffers without telling their version counters.
             for buffers, name, buffer, content in self._buffers:
                 buffers[name] = buffer
                 if not (only_changed and _equal(buffer, content)):
                     buffer.copy_(content)
+
+    def restore(self, only_changed: bool = False) -> None:
+        """Puts everything back, as often as it is called.
+
+        Args:
+            only_changed (bool, optional): As for :meth:`restore_buffers`. Default: ``False``.
+        """
+        self._contents.restore()
+        self.restore_buffers(only_changed)
+        with torch.no_grad():
             for tensor, content in self._tensors:
                 if not (only_changed and _equal(tensor, content)):
                     tensor.copy_(content)

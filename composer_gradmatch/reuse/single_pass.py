@@ -88,7 +88,7 @@ class SinglePass:
         by_inductor = compiler_config is not None and compiler_config() is not None
         self._captured_forward = CapturedForward(self._uncompiled or forward, layer, by_inductor)
         self._pass: Pass | None = None
-        self._restore_buffers: Callable[[], None] = lambda: None
+        self._traces = ModelTraces(model)
         #: The generators before and after the forward pass.
         self._before = self._after = Generators.now()
         self._batch: Any = None
@@ -139,7 +139,7 @@ class SinglePass:
         """
         if self._in_vain >= _IN_VAIN:
             raise UnsupportedError(self._why_in_vain)
-        self._restore_buffers, self._before = ModelTraces(self.model).restore, Generators.now()
+        self._traces, self._before = ModelTraces(self.model), Generators.now()
         self._batch, self._num_samples = batch, num_samples
         self._lists = _lists_of_samples(batch, num_samples)
         try:
@@ -154,6 +154,7 @@ class SinglePass:
             return self._completed(outputs, batch)
         except BaseException:
             self.release()
+            self._traces.restore()
             self._rewind()
             raise
 
@@ -268,6 +269,7 @@ class SinglePass:
         """Lets the pass be as if it had not been, but for what has been drawn since."""
         if self.pending:
             self.release()
+            self._traces.restore()
             self._undo()
 
     def release(self) -> None:
@@ -289,12 +291,12 @@ class SinglePass:
 
     def _rewind(self) -> None:
         """Puts buffers and generators back to before the forward pass."""
-        self._restore_buffers()
+        self._traces.restore_buffers()
         self._before.restore()
 
     def _undo(self) -> None:
         """Puts buffers back, and the generators unless a selection has drawn since: it would draw the same again."""
-        self._restore_buffers()
+        self._traces.restore_buffers()
         if self._after.is_now():
             self._before.restore()
 
@@ -532,6 +534,7 @@ class SinglePass:
         except BaseException as error:
             self.release()
             drawn.restore()
+            self._traces.restore()
             self._undo()
             if isinstance(error, UnsupportedError) or not isinstance(error, Exception):
                 raise
