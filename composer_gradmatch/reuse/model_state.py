@@ -30,7 +30,8 @@ class ModelState:
         # Whatever is compared by its id is kept, or another could have it.
         self._modules, self._tensors = _parts(model)
         self._flags, self._hooks = _flags(self._modules), _hooks(self._modules)
-        self._marks = [_mark(tensor) for tensor in self._tensors]
+        self._all_plain = all(map(_is_plain, self._tensors))
+        self._marks = self._marks_of(self._tensors)
         self._probed = [
             tensor
             for tensor in self._tensors
@@ -44,7 +45,7 @@ class ModelState:
         modules, tensors = _parts(self._model)
         if not (_same(modules, self._modules) and _same(tensors, self._tensors)):
             return ModelState(self._model)
-        marks = [_mark(tensor) for tensor in tensors]
+        marks = self._marks_of(tensors)
         if any(new[1] != old[1] for new, old in zip(marks, self._marks, strict=True)):
             return ModelState(self._model)
         self._marks, self._flags, self._hooks, self._numbers = marks, _flags(modules), _hooks(modules), self._read()
@@ -61,7 +62,7 @@ class ModelState:
             return "a training flag was changed"
         if _hooks(modules) != self._hooks:
             return "hooks were added to its layers, or removed"
-        if [_mark(tensor) for tensor in tensors] != self._marks or self._read() != self._numbers:
+        if self._marks_of(tensors) != self._marks or self._read() != self._numbers:
             return "a parameter or a buffer was changed, or a layer frozen or unfrozen"
         return None
 
@@ -69,10 +70,15 @@ class ModelState:
         """The ids of the parameters and buffers that are the model's still and show no change."""
         now, then = self._read(), self._numbers
         other = {id(self._probed[i]) for i in range(len(self._probed)) if now[8 * i :][:8] != then[8 * i :][:8]}
-        marked = zip(self._tensors, self._marks, strict=True)
-        return ({id(tensor) for tensor, mark in marked if _mark(tensor) == mark} - other) & set(
-            map(id, _parts(self._model)[1])
-        )
+        marks = zip(self._tensors, self._marks_of(self._tensors), self._marks, strict=True)
+        unmarked = {id(tensor) for tensor, new, old in marks if new == old}
+        return (unmarked - other) & {id(tensor) for tensor in _parts(self._model)[1]}
+
+    def _marks_of(self, tensors: list[torch.Tensor]) -> list[tuple[int, int, bool]]:
+        if self._all_plain:
+            return [(tensor._version, tensor.data_ptr(), tensor.requires_grad) for tensor in tensors]
+        places = [tensor.data_ptr() if _is_plain(tensor) else 0 for tensor in tensors]
+        return [(tensor._version, place, tensor.requires_grad) for tensor, place in zip(tensors, places, strict=True)]
 
     def _read(self) -> bytes:
         # As bytes, in which what is not a number equals itself.
@@ -101,10 +107,6 @@ def _same(one: list[Any], other: list[Any]) -> bool:
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     return type(tensor) in _PLAIN and tensor.layout == torch.strided
-
-
-def _mark(tensor: torch.Tensor) -> tuple[int, int, bool]:
-    return tensor._version, tensor.data_ptr() if _is_plain(tensor) else 0, tensor.requires_grad
 
 
 def _flags(modules: list[nn.Module]) -> list[bool]:
