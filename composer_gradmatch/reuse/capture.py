@@ -7,7 +7,7 @@ import logging
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType
@@ -266,14 +266,15 @@ class CapturedForward:
         if self._outside.number() != outside:
             return False
         device = values["autocast"][0]
-        handle = None if self._layer is None else self._layer.register_forward_pre_hook(self._watch)
-        try:
-            autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-            with autocast, torch.enable_grad():
-                return guards.check({**values, "outside": outside, "forward": self._forward, "seen": self._seen})
-        finally:
-            if handle is not None:
-                handle.remove()
+        with ExitStack() as contexts:
+            # Each context costs as much as the guards.
+            if torch.is_autocast_enabled(device):
+                contexts.enter_context(torch.autocast(device, enabled=False))
+            if not torch.is_grad_enabled():
+                contexts.enter_context(torch.enable_grad())
+            if self._layer is not None:
+                contexts.callback(self._layer.register_forward_pre_hook(self._watch).remove)
+            return guards.check({**values, "outside": outside, "forward": self._forward, "seen": self._seen})
 
     def _varying_sizes(self, leaves: list[torch.Tensor]) -> list[tuple[torch.Tensor, int]]:
         """The sizes, but the number of samples, that differ from those of an earlier batch."""
