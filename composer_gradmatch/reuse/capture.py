@@ -7,7 +7,7 @@ import logging
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType
@@ -102,14 +102,14 @@ def _quietly() -> Iterator[None]:
     filters: list[Any] = warnings.filters  # type: ignore[assignment]
     filters.insert(0, _IGNORE_WARNINGS)
     # It prints the graph where the number that decides on a branch is a tensor's.
-    vars(symbolic_convert)["print"] = lambda *_, **__: None
+    setattr(symbolic_convert, "print", lambda *_, **__: None)  # noqa: B010
     for logger in quiet:
         logger.disabled = True
     try:
         yield
     finally:
         filters.remove(_IGNORE_WARNINGS)
-        vars(symbolic_convert).pop("print", None)
+        delattr(symbolic_convert, "print")
         for logger in quiet:
             logger.disabled = False
 
@@ -135,6 +135,7 @@ class CapturedForward:
         self._shapes: list[torch.Size] = []
         self._varied: set[tuple[int, int]] = set()
         self._outside = NumbersOutside()
+        self._last_guards: Any = None
         self._compiled = self._compile()
 
     def forget(self) -> None:
@@ -255,21 +256,25 @@ class CapturedForward:
     def _guards(self, outside: int) -> Any:
         """Dynamo's guards of the graph that has just run: the entry used last comes first."""
         guards = _debug_get_cache_entry_list(self._code)[0].guard_manager
-        if any("environ" in part for part in getattr(guards, "code_parts", ["environ"])):
-            self._outside.reads_environment(outside)
+        if guards is not self._last_guards:
+            self._last_guards = guards
+            if any("environ" in part for part in guards.code_parts):
+                self._outside.reads_environment(outside)
         return guards
 
     def _holds(self, guards: Any, values: dict[str, Any], outside: int) -> bool:
         if self._outside.number() != outside:
             return False
         device = values["autocast"][0]
-        handle = None if self._layer is None else self._layer.register_forward_pre_hook(self._watch)
-        try:
-            with torch.autocast(device, enabled=False), torch.enable_grad():
-                return guards.check({**values, "outside": outside, "forward": self._forward, "seen": self._seen})
-        finally:
-            if handle is not None:
-                handle.remove()
+        with ExitStack() as contexts:
+            # Each context costs as much as the guards.
+            if torch.is_autocast_enabled(device):
+                contexts.enter_context(torch.autocast(device, enabled=False))
+            if not torch.is_grad_enabled():
+                contexts.enter_context(torch.enable_grad())
+            if self._layer is not None:
+                contexts.callback(self._layer.register_forward_pre_hook(self._watch).remove)
+            return guards.check({**values, "outside": outside, "forward": self._forward, "seen": self._seen})
 
     def _varying_sizes(self, leaves: list[torch.Tensor]) -> list[tuple[torch.Tensor, int]]:
         """The sizes, but the number of samples, that differ from those of an earlier batch."""

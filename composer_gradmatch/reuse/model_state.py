@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from array import array
 from typing import Any
 
 import torch
@@ -28,9 +29,9 @@ class ModelState:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         # Whatever is compared by its id is kept, or another could have it.
-        self._modules, self._tensors = _parts(model)
-        self._flags, self._hooks = _flags(self._modules), _hooks(self._modules)
-        self._marks = [_mark(tensor) for tensor in self._tensors]
+        self._modules, self._tensors, self._flags, self._hooks = _parts(model)
+        self._all_plain = all(map(_is_plain, self._tensors))
+        self._marks = self._marks_of(self._tensors)
         self._probed = [
             tensor
             for tensor in self._tensors
@@ -41,27 +42,27 @@ class ModelState:
 
     def renew(self) -> ModelState:
         """The state now, which costs less where modules and tensors are those of this one."""
-        modules, tensors = _parts(self._model)
+        modules, tensors, flags, hooks = _parts(self._model)
         if not (_same(modules, self._modules) and _same(tensors, self._tensors)):
             return ModelState(self._model)
-        marks = [_mark(tensor) for tensor in tensors]
+        marks = self._marks_of(tensors)
         if any(new[1] != old[1] for new, old in zip(marks, self._marks, strict=True)):
             return ModelState(self._model)
-        self._marks, self._flags, self._hooks, self._numbers = marks, _flags(modules), _hooks(modules), self._read()
+        self._marks, self._flags, self._hooks, self._numbers = marks, flags, hooks, self._read()
         return self
 
     def change(self) -> str | None:
         """What has changed since, in words; None for nothing."""
-        modules, tensors = _parts(self._model)
+        modules, tensors, flags, hooks = _parts(self._model)
         if not _same(modules, self._modules):
             return "a module was replaced"
         if not _same(tensors, self._tensors):
             return "a parameter or a buffer was replaced"
-        if _flags(modules) != self._flags:
+        if flags != self._flags:
             return "a training flag was changed"
-        if _hooks(modules) != self._hooks:
+        if hooks != self._hooks:
             return "hooks were added to its layers, or removed"
-        if [_mark(tensor) for tensor in tensors] != self._marks or self._read() != self._numbers:
+        if self._marks_of(tensors) != self._marks or self._read() != self._numbers:
             return "a parameter or a buffer was changed, or a layer frozen or unfrozen"
         return None
 
@@ -69,30 +70,50 @@ class ModelState:
         """The ids of the parameters and buffers that are the model's still and show no change."""
         now, then = self._read(), self._numbers
         other = {id(self._probed[i]) for i in range(len(self._probed)) if now[8 * i :][:8] != then[8 * i :][:8]}
-        marked = zip(self._tensors, self._marks, strict=True)
-        return ({id(tensor) for tensor, mark in marked if _mark(tensor) == mark} - other) & set(
-            map(id, _parts(self._model)[1])
-        )
+        marks = zip(self._tensors, self._marks_of(self._tensors), self._marks, strict=True)
+        unmarked = {id(tensor) for tensor, new, old in marks if new == old}
+        return (unmarked - other) & {id(tensor) for tensor in _parts(self._model)[1]}
+
+    def _marks_of(self, tensors: list[torch.Tensor]) -> list[tuple[int, int, bool]]:
+        if self._all_plain:
+            return [(tensor._version, tensor.data_ptr(), tensor.requires_grad) for tensor in tensors]
+        places = [tensor.data_ptr() if _is_plain(tensor) else 0 for tensor in tensors]
+        return [(tensor._version, place, tensor.requires_grad) for tensor, place in zip(tensors, places, strict=True)]
 
     def _read(self) -> bytes:
         # As bytes, in which what is not a number equals itself.
-        return torch.cat(self._probes).double().numpy().tobytes() if self._probes else b""
+        return array("d", torch.cat(self._probes).tolist()).tobytes() if self._probes else b""
 
 
-def _parts(model: nn.Module) -> tuple[list[nn.Module], list[torch.Tensor]]:
-    """The modules, each as often as it is reached, and their parameters and buffers."""
+def _parts(model: nn.Module) -> tuple[list[nn.Module], list[torch.Tensor], list[bool], list[int]]:
+    """The modules, their parameters and buffers, their training flags, and the ids of hooks.
+
+    Hooks are those of submodules, which only a forward pass of the model's own calls.
+    """
     modules: list[nn.Module] = [model]
     tensors: list[torch.Tensor] = []
+    flags: list[bool] = []
+    hooks: list[int] = []
     seen = {id(model)}
     for module in modules:
         held = module.__dict__
+        flags.append(held["training"])
         for group in (held["_parameters"], held["_buffers"]):
-            tensors.extend(tensor for tensor in group.values() if tensor is not None)
+            if group:
+                tensors += [tensor for tensor in group.values() if tensor is not None]
         for child in held["_modules"].values():
             if child is not None and id(child) not in seen:
                 seen.add(id(child))
                 modules.append(child)
-    return modules, tensors
+        if module is not model and (
+            held["_forward_pre_hooks"]
+            or held["_forward_hooks"]
+            or held["_backward_hooks"]
+            or held["_backward_pre_hooks"]
+        ):
+            for name in ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks"):
+                hooks += held[name]
+    return modules, tensors, flags, hooks
 
 
 def _same(one: list[Any], other: list[Any]) -> bool:
@@ -101,27 +122,3 @@ def _same(one: list[Any], other: list[Any]) -> bool:
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     return type(tensor) in _PLAIN and tensor.layout == torch.strided
-
-
-def _mark(tensor: torch.Tensor) -> tuple[int, int, bool]:
-    return tensor._version, tensor.data_ptr() if _is_plain(tensor) else 0, tensor.requires_grad
-
-
-def _flags(modules: list[nn.Module]) -> list[bool]:
-    return [module.training for module in modules]
-
-
-def _hooks(modules: list[nn.Module]) -> list[int]:
-    """The ids of the hooks of a model's submodules, which only a forward pass of its own calls."""
-    found: list[int] = []
-    for module in modules[1:]:
-        held = module.__dict__
-        for hooks in (
-            held["_forward_pre_hooks"],
-            held["_forward_hooks"],
-            held["_backward_pre_hooks"],
-            held["_backward_hooks"],
-        ):
-            if hooks:
-                found.extend(hooks)
-    return found

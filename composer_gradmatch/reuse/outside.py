@@ -49,7 +49,7 @@ class NumbersOutside:
             self._take_down(variable.value, name)
             return original(variable, tx, name)
 
-        UserDefinedClassVariable.var_getattr = var_getattr
+        UserDefinedClassVariable.var_getattr = var_getattr  # type: ignore[method-assign, assignment]
         try:
             yield number
         finally:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import random
+import struct
 import sys
 import weakref
 from collections.abc import Callable, Mapping, MutableMapping
@@ -515,7 +516,12 @@ class SinglePass:
         assert self._pass is not None
         leaves = zip(tensor_leaves(self._inputs(self._picked)), self._pass.read, strict=True)
         return [
-            (leaf._version, repr(leaf.sum().item()) if leaf.device.type == "cpu" else None)
+            (
+                leaf._version,
+                struct.pack("d", leaf.abs().sum() if leaf.is_complex() else leaf.sum())
+                if leaf.device.type == "cpu"
+                else None,
+            )
             for leaf, is_read in leaves
             if is_read
         ]
