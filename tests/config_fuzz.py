@@ -40,7 +40,7 @@ GOOD: dict[str, Any] = {
     "eval_subset_num_batches": 1,
     "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
     "scheduler": {"name": "cosine", "alpha_f": 0.0},
-    "algorithms": {"gradmatch": {"start": 0.0, "end": 1.0, "keep": 0.3, "interrupt": 0}, "label_smoothing": {}},
+    "algorithms": {"gradmatch": {"start": 0.0, "end": 1.0, "keep": 0.3, "interrupt": 0}},
     "callbacks": {"speed_monitor": {"window_size": 10}, "lr_monitor": {}},
     "loggers": {"in_memory": {}},
     "save_filename": "ep{epoch}-ba{batch}.pt",
@@ -147,7 +147,9 @@ def draw(rng: random.Random) -> Change:
             pools = [NUMBERS]
         elif isinstance(like, str):
             pools = [TIMES, TEXTS]
-    return Change(path, copy.deepcopy(rng.choice(rng.choice(pools))), beside)
+    value = copy.deepcopy(rng.choice(rng.choice(pools)))
+    # A run of very many epochs is no mistake that could be told, and does not end in time.
+    return draw(rng) if path == ("max_duration",) and value == 2**40 else Change(path, value, beside)
 
 
 Place = tuple[tuple[str, ...], Any, dict[str, Any]]
@@ -253,7 +255,8 @@ def complaint(change: Change, outcome: Outcome) -> str | None:
     if outcome.code != 2:
         return outcome.said
     # The entry, where it is one of several of its kind, or the section with the argument's name.
-    names = {change.path[-1], change.path[1]} if change.path[0] in SECTIONS else {change.path[-1], change.path[0]}
+    nearer = change.path[1] if change.path[0] in SECTIONS and len(change.path) > 1 else change.path[0]
+    names = {change.path[-1], nearer}
     refusal = outcome.said.partition("cannot be run:\n")[2]
     named = any(name in refusal for name in names)
     return None if named and "Traceback" not in refusal else f"does not name the key: {outcome.said}"
