@@ -71,7 +71,7 @@ def enough_samples(num_picks: int, num_samples: int, state: State, fewest: int, 
     return num_picks
 
 
-def fill_up(selection: Selection, num_samples: int, wanted: int) -> Selection:
+def fill_up(selection: Selection, num_samples: int, wanted: int, growth: float | None = None) -> Selection:
     """Adds samples that were not picked, with weight zero.
 
     The other weights grow, so that the weighted mean over all of them is what it was.
@@ -80,16 +80,19 @@ def fill_up(selection: Selection, num_samples: int, wanted: int) -> Selection:
         selection (Selection): n picks of M samples; their weights, ones if None.
         num_samples (int): M.
         wanted (int): The number of samples to come to, at least n.
+        growth (float, optional): What to multiply the weights by, where the mean is over more than these samples (over
+            those of all ranks); None for wanted/n. Default: ``None``.
 
     Returns:
-        Selection: With weights that sum to their number.
+        Selection: With its weights and those of the samples that were added.
     """
     n = len(selection.indices)
-    if wanted == n:
+    growth = wanted / n if growth is None else growth
+    if wanted == n and growth == 1:
         return selection
     taken = torch.zeros(num_samples, dtype=torch.bool)
     taken[selection.indices.cpu()] = True
     more = (~taken).nonzero().flatten()[: wanted - n].to(selection.indices.device)
     weights = torch.ones(n, dtype=torch.float64) if selection.weights is None else selection.weights
-    weights = torch.cat([weights * (wanted / n), weights.new_zeros(wanted - n)])
+    weights = torch.cat([weights * growth, weights.new_zeros(wanted - n)])
     return replace(selection, indices=torch.cat([selection.indices, more]), weights=weights)

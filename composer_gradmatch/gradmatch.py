@@ -124,6 +124,13 @@ def _check_takes_reduction(loss_fun: Callable[..., torch.Tensor]) -> None:
         )
 
 
+def _module_at(model: nn.Module, name: str) -> nn.Module | None:
+    module: Any = model
+    for part in name.split("."):
+        module = getattr(module, part, None)
+    return module
+
+
 class GradMatch(TwoPassBackprop):
     """Backpropagates the weighted part of each minibatch whose mean gradient best matches the whole one's.
 
@@ -244,6 +251,7 @@ class GradMatch(TwoPassBackprop):
         super()._reset_fit()
         # Algorithms may have replaced modules since the last one.
         self._layer: nn.Linear | None = None
+        self._layer_name: str | None = None
         self._sample_dim: int | None = None
         self._changed_in_place = False
 
@@ -284,14 +292,21 @@ class GradMatch(TwoPassBackprop):
                 )
 
     def _output_layer(self, state: State) -> nn.Linear:
+        model = unwrap(state.model)
+        if (
+            self._layer is not None
+            and self._layer_name is not None
+            and _module_at(model, self._layer_name) is not self._layer
+        ):
+            self._layer = self._sample_dim = None  # It was replaced.
         if self._layer is None:
-            model = unwrap(state.model)
             if self.output_layer is not None:
                 self._layer = resolve_output_layer(model, self.output_layer)
             else:
                 batch, _ = self._few(state)
                 with no_trace(model), self._precision(state):
                     self._layer = observe_output_layer(model, scale_inputs(batch, self.input_key, self.scale_factor))
+            self._layer_name = next((name for name, each in model.named_modules() if each is self._layer), None)
         return self._layer
 
     weighs_samples = True

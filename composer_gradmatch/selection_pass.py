@@ -31,6 +31,7 @@ __all__ = [
     "no_trace",
     "precision_context",
     "scale_inputs",
+    "sum_on_all_ranks",
     "unwrap",
 ]
 
@@ -167,6 +168,13 @@ def largest_on_all_ranks(number: int, device: Device) -> int:
     """The largest of the ranks' numbers."""
     value = device.tensor_to_device(torch.tensor([number]))
     dist.all_reduce(value, reduce_operation="MAX")
+    return int(value.item())
+
+
+def sum_on_all_ranks(number: int, device: Device) -> int:
+    """The sum of the ranks' numbers."""
+    value = device.tensor_to_device(torch.tensor([number]))
+    dist.all_reduce(value, reduce_operation="SUM")
     return int(value.item())
 
 

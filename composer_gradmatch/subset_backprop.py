@@ -30,7 +30,7 @@ from composer_gradmatch.picked_rows import RowRecord
 from composer_gradmatch.sample_leaves import names_by_length, sample_names
 from composer_gradmatch.schedule import Clock, check_clock, is_scheduled, remark_on_epochs
 from composer_gradmatch.selection import Selection, WholeBatch
-from composer_gradmatch.selection_pass import largest_on_all_ranks, needs_all_ranks, no_trace, unwrap
+from composer_gradmatch.selection_pass import largest_on_all_ranks, needs_all_ranks, no_trace, sum_on_all_ranks, unwrap
 from composer_gradmatch.spans import span
 
 __all__ = ["Selection", "SubsetBackprop", "WholeBatch"]
@@ -113,8 +113,10 @@ class SubsetBackprop(Algorithm):
         self._rehearsed = False
         self._weighed = False
         self._ghost_batch_size = 1
-        #: Whether gradients were seen not to be synchronised in each microbatch.
-        self._syncs_once = False
+        #: Whether gradients were seen here not to be synchronised in each microbatch, and whether on any rank.
+        self._saw_one_sync = self._syncs_once = False
+        #: The most samples of the ranks' first batches.
+        self._largest_batch = 0
         #: The samples of the step, until its first forward pass.
         self._step_size: int | None = None
         self._clear_weights()
@@ -156,7 +158,7 @@ class SubsetBackprop(Algorithm):
         if event == Event.AFTER_DATALOADER:
             return self.keep < 1 and (not self._rehearsed or self._is_scheduled(state))
         if event == Event.BEFORE_FORWARD:
-            return self._picked is not None
+            return self._picked is not None or self._step_size is not None
         if event in (Event.BATCH_START, Event.BEFORE_LOSS, Event.AFTER_LOSS):
             return self._weights is not None
         if event == Event.BATCH_END:
@@ -245,6 +247,8 @@ class SubsetBackprop(Algorithm):
         first = not self._rehearsed
         if first:
             self._on_all_ranks(lambda: self._check_first_batch(state))
+            largest = count_samples(state.batch, self.input_key, self.target_key)
+            self._largest_batch = largest if dist.get_world_size() == 1 else largest_on_all_ranks(largest, state.device)
         num_samples = count_samples(state.batch, self.input_key, self.target_key)
         if num_samples == 0:
             self._train_whole(self._of_nothing(state), logger)
@@ -270,6 +274,7 @@ class SubsetBackprop(Algorithm):
         picked = len(selection.indices) if isinstance(selection, Selection) else 0
         selection = self._with_enough_samples(state, selection, num_samples)
         if isinstance(selection, WholeBatch):
+            self._step_size = num_samples
             self._train_whole(selection, logger)
             return
         self.last_selection = selection
@@ -361,7 +366,7 @@ class SubsetBackprop(Algorithm):
         picked = len(selection.indices) if isinstance(selection, Selection) else num_samples
         fewest = self._fewest(state, picked)
         microbatches = num_microbatches(picked, size)
-        in_step = self._ranks_stay_in_step(state)
+        in_step, growth = self._ranks_stay_in_step(state), 1.0
         if in_step:
             microbatches = largest_on_all_ranks(microbatches, state.device)
         wanted = enough_samples(picked, num_samples, state, fewest, microbatches)
@@ -370,6 +375,8 @@ class SubsetBackprop(Algorithm):
         ) or picked == num_samples
         if in_step:
             fits = largest_on_all_ranks(int(not fits), state.device) == 0
+            self._syncs_once = largest_on_all_ranks(int(self._saw_one_sync), state.device) > 0
+            growth = sum_on_all_ranks(wanted, state.device) / sum_on_all_ranks(picked, state.device)
         if isinstance(selection, WholeBatch):
             return selection
         if not fits:
@@ -377,7 +384,10 @@ class SubsetBackprop(Algorithm):
                 "a minibatch has too few samples to make the microbatches that its model, or the other ranks, need; "
                 "it and others like it are trained whole."
             )
-        return fill_up(selection, num_samples, wanted)
+        if not in_step:
+            return fill_up(selection, num_samples, wanted)
+        # The Trainer's mean is over the samples of all ranks.
+        return fill_up(selection, num_samples, wanted, growth)
 
     def _ranks_stay_in_step(self, state: State) -> bool:
         """Whether all ranks must make the same number of microbatches.
@@ -392,8 +402,8 @@ class SubsetBackprop(Algorithm):
             return True
         if not isinstance(state.model, DistributedDataParallel) or self._syncs_once:
             return False
-        size, whole = state.device_train_microbatch_size, getattr(state.dataloader, "batch_size", None)
-        return not (isinstance(whole, int) and size is not None and size >= whole)
+        size = state.device_train_microbatch_size
+        return size is not None and size < self._largest_batch
 
     def _after_selection(self, state: State, selection: Selection) -> None:
         """Does what follows once ``state.batch`` is that of the picks."""
@@ -481,12 +491,12 @@ class SubsetBackprop(Algorithm):
 
     def _before_forward(self, state: State) -> None:
         """Finds the weights of a microbatch's samples, and whether gradients are synchronised in each microbatch."""
-        assert self._picked is not None
-        state.batch = self._with_shared_tensors_whole(state.batch, self._trained or self._picked)
+        if self._picked is not None:
+            state.batch = self._with_shared_tensors_whole(state.batch, self._trained or self._picked)
         if self._watches_microbatches(state):
             several = count_samples(state.batch, self.input_key, self.target_key) < (self._step_size or 0)
-            self._syncs_once = several and not state.model.require_backward_grad_sync
-            self._step_size = None
+            self._saw_one_sync = several and not state.model.require_backward_grad_sync
+        self._step_size = None
         if self._weights is None:
             return
         assert self._trained is not None
