@@ -172,7 +172,7 @@ class TwoPassBackprop(SubsetBackprop):
                 self._single_pass = make(model, lambda: self._precision(state), self._watched_layer(state))
             with span("selection_forward"):
                 outputs = self._single_pass.forward(state.batch, num_samples)
-            with self._precision(state):
+            with self._single_pass.no_trace(), self._precision(state):
                 # Of a copy, since a loss may change its batch in place.
                 batch = map_tensors(torch.clone, state.batch)
                 losses = self._losses_of(model, outputs, batch, num_samples)

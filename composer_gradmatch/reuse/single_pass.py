@@ -20,24 +20,26 @@ from __future__ import annotations
 import copy
 import random
 import struct
-import sys
 import weakref
-from collections.abc import Callable, Mapping, MutableMapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from composer import Trainer
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from composer_gradmatch.batches import copy_structure, find_rows, map_tensors, take_samples, tensor_leaves
+from composer_gradmatch.batches import copy_structure, find_rows, take_samples, tensor_leaves
 from composer_gradmatch.huggingface_losses import huggingface_losses
 from composer_gradmatch.losses import takes_loss_from_logits
+from composer_gradmatch.reuse.batch_parts import copied, paths_of_numbers, without
 from composer_gradmatch.reuse.capture import CapturedForward, Pass
 from composer_gradmatch.reuse.model_state import ModelState
 from composer_gradmatch.reuse.spot_checks import SpotChecks
+from composer_gradmatch.reuse.training_step import trainer_on_the_stack, uninstall_step
 from composer_gradmatch.reuse.unsupported import UndecidedError, UnsupportedError, first_line
 from composer_gradmatch.reuse.verify import check_gradients, check_outputs, picks_normalised_by_all, rounded_parameters
 from composer_gradmatch.selection_pass import Generators, snapshot_buffers
@@ -53,13 +55,6 @@ _SHARE = 0.0025
 _RECAPTURES = 3
 #: In how many steps in a row the pass may be made in vain.
 _IN_VAIN = 3
-
-
-class NumbersOfSamples:
-    """Stands for a list with one number for each sample (how many tokens it has), which a captured forward cannot read.
-
-    In a batch, where the model's forward does not read it, it does not matter.
-    """
 
 
 class SinglePass:
@@ -139,7 +134,7 @@ class SinglePass:
             raise UnsupportedError(self._why_in_vain)
         self._restore_buffers, self._before = snapshot_buffers(self.model), Generators.now()
         self._batch, self._num_samples = batch, num_samples
-        self._numbers = _paths_of_numbers(batch, num_samples)
+        self._numbers = paths_of_numbers(batch, num_samples)
         try:
             if self._adds_loss is None:
                 self._adds_loss = self._computes_loss()
@@ -154,6 +149,18 @@ class SinglePass:
             self.release()
             self._rewind()
             raise
+
+    @contextmanager
+    def no_trace(self) -> Iterator[None]:
+        """Puts back the buffers that the selection's losses change: the training step's own change them again."""
+        assert self._state is not None
+        restore = None
+        if any(module._buffers and not isinstance(module, _BatchNorm) for module in self.model.modules()):
+            restore = snapshot_buffers(self.model)
+        yield
+        if restore is not None and self._state.change() is not None:
+            restore()
+            self._state = self._state.renew()
 
     def inputs_and_grads(self, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """H, P and the outputs of the output layer in the pass, for the samples' losses, shape (M,).
@@ -221,12 +228,12 @@ class SinglePass:
         Without a Trainer on the stack it is served from now on.
         """
         self.installed = True
-        trainer = self._trainer() or _trainer_on_the_stack()
+        trainer = self._trainer() or trainer_on_the_stack()
         if trainer is None:
             self._patch()
             return
         self._trainer = weakref.ref(trainer)
-        _uninstall_step(trainer)
+        uninstall_step(trainer)
         make_step = trainer._train_batch
 
         def served_step(*args: Any, **kwargs: Any) -> Any:
@@ -236,7 +243,7 @@ class SinglePass:
                 self._patch()
                 return make_step(*args, **kwargs)
             finally:
-                _uninstall_step(trainer)
+                uninstall_step(trainer)
                 self.release()
 
         served_step._of_single_pass = True  # type: ignore[attr-defined]
@@ -394,7 +401,7 @@ class SinglePass:
             raise UnsupportedError(f"it could not be verified: {first_line(error)}") from error
 
     def _inputs(self, batch: Any) -> Any:
-        batch = _without(batch, self._numbers)
+        batch = without(batch, self._numbers)
         if not self._adds_loss:
             return batch
         batch = copy_structure(batch)
@@ -405,7 +412,7 @@ class SinglePass:
         """Whether a HuggingFace model puts a loss into its outputs."""
         try:
             with torch.no_grad(), self.precision():
-                outputs = self._own(_copied(self._batch))
+                outputs = self._own(copied(self._batch))
         except Exception as error:
             raise UnsupportedError(f"it could not be run: {first_line(error)}") from error
         finally:
@@ -589,7 +596,7 @@ class SinglePass:
 
         def gradients(outputs: Any, alone: bool = True) -> tuple[torch.Tensor | None, ...]:
             with precision():
-                picked = _copied(self._picked)
+                picked = copied(self._picked)
                 each = losses(self._completed(outputs if alone else rows(outputs), picked), picked)
             # As the Trainer does, outside of autocast.
             return torch.autograd.grad((each * weights.to(each)).sum(), parameters, allow_unused=True)
@@ -627,7 +634,7 @@ class SinglePass:
     def _check_loss(self, outputs: Any) -> None:
         """Compares the loss that is put into the outputs with the model's own."""
         self._rewind()
-        whole, completed = self._own(_copied(self._batch)), self._completed(outputs, _copied(self._batch))
+        whole, completed = self._own(copied(self._batch)), self._completed(outputs, copied(self._batch))
         key = "loss" if isinstance(whole, MutableMapping) else 0
         check_outputs([completed[key]], [whole[key]])
 
@@ -639,51 +646,6 @@ class _StaleError(UnsupportedError):
 def _two_samples(step: int, num_samples: int) -> torch.Tensor:
     """Samples that are drawn for a step; two, because a model may squeeze a single one."""
     return torch.tensor(random.Random(step).sample(range(num_samples), min(2, num_samples)))
-
-
-def _copied(batch: Any) -> Any:
-    """A batch of copies, for functions that may change it in place."""
-    return map_tensors(torch.clone, batch)
-
-
-def _trainer_on_the_stack() -> Trainer | None:
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code is Trainer.fit.__code__:
-            return frame.f_locals["self"]
-        frame = frame.f_back
-    return None
-
-
-def _uninstall_step(trainer: Trainer) -> None:
-    if hasattr(vars(trainer).get("_train_batch"), "_of_single_pass"):
-        del trainer._train_batch
-
-
-def _paths_of_numbers(batch: Any, num_samples: int, path: tuple[Any, ...] = ()) -> set[tuple[Any, ...]]:
-    """Where a batch has lists of one 0-d tensor for each sample."""
-    if isinstance(batch, list | tuple):
-        if len(batch) == num_samples and all(isinstance(item, torch.Tensor) and not item.dim() for item in batch):
-            return {path}
-        items: Any = enumerate(batch)
-    else:
-        items = batch.items() if isinstance(batch, Mapping) else ()
-    return {found for key, item in items for found in _paths_of_numbers(item, num_samples, (*path, key))}
-
-
-def _without(batch: Any, paths: set[tuple[Any, ...]], path: tuple[Any, ...] = ()) -> Any:
-    """A batch with something else at some paths; itself where there are none."""
-    if path in paths:
-        return NumbersOfSamples()
-    if not any(each[: len(path)] == path for each in paths):
-        return batch
-    if isinstance(batch, Mapping):
-        changed: Any = copy.copy(batch)
-        for key, item in batch.items():
-            changed[key] = _without(item, paths, (*path, key))
-        return changed
-    parts = [_without(item, paths, (*path, i)) for i, item in enumerate(batch)]
-    return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
 
 
 @torch.no_grad()

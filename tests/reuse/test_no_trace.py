@@ -109,7 +109,7 @@ def test_what_is_not_finite_decides_nothing(place):
         batch["inputs"][3] = float("nan")
     else:
         with torch.no_grad():
-            model.body.weight[0, 0] = float("inf")
+            model.body.weight[0, 0] = float("nan")
     single = SinglePass(model, nullcontext)
 
     def step(batch):
