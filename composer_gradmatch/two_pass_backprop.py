@@ -14,7 +14,7 @@ from composer.core import Event, Precision, State, get_precision_context
 from composer.loggers import Logger
 from torch import nn
 
-from composer_gradmatch.batches import copy_batch, count_samples, describe_targets, map_tensors, take_samples
+from composer_gradmatch.batches import copy_batch, count_samples, describe_targets, take_samples
 from composer_gradmatch.given_batch import GivenBatch
 from composer_gradmatch.huggingface_losses import huggingface_losses
 from composer_gradmatch.loss_scale import LossScale
@@ -209,9 +209,9 @@ class TwoPassBackprop(SubsetBackprop):
                 self._single_pass = make(model, lambda: self._precision(state), self._watched_layer(state))
             with span("selection_forward"):
                 outputs = self._single_pass.forward(state.batch, num_samples)
-            with self._precision(state):
+            with self._single_pass.no_trace(), self._precision(state):
                 # Of a copy, since a loss may change its batch in place.
-                batch = map_tensors(torch.clone, state.batch)
+                batch = copy_batch(state.batch)
                 losses = self._losses_of(model, outputs, batch, num_samples)
             return visit(self._single_pass, losses)
         except UndecidedError as error:

@@ -20,28 +20,28 @@ from __future__ import annotations
 import copy
 import random
 import struct
-import sys
 import weakref
-from collections.abc import Callable, Mapping, MutableMapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from composer import Trainer
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from composer_gradmatch.batches import copy_structure, find_rows, map_tensors, take_samples, tensor_leaves
+from composer_gradmatch.batches import copy_batch, copy_structure, find_rows, take_samples, tensor_leaves
 from composer_gradmatch.huggingface_losses import huggingface_losses
 from composer_gradmatch.losses import takes_loss_from_logits
-from composer_gradmatch.nests import is_sequence, map_nest, named_leaves
+from composer_gradmatch.reuse.batch_parts import lists_of_samples, without_lists
 from composer_gradmatch.reuse.capture import CapturedForward, Pass
 from composer_gradmatch.reuse.model_state import ModelState
 from composer_gradmatch.reuse.spot_checks import SpotChecks
+from composer_gradmatch.reuse.training_step import trainer_on_the_stack, uninstall_step
 from composer_gradmatch.reuse.unsupported import UndecidedError, UnsupportedError, first_line
 from composer_gradmatch.reuse.verify import check_gradients, check_outputs, picks_normalised_by_all, rounded_parameters
-from composer_gradmatch.sample_leaves import sample_names
 from composer_gradmatch.selection_pass import Generators
 from composer_gradmatch.traces import ModelTraces
 
@@ -56,13 +56,6 @@ _SHARE = 0.0025
 _RECAPTURES = 3
 #: In how many steps in a row the pass may be made in vain.
 _IN_VAIN = 3
-
-
-class ListOfSamples:
-    """Stands for a list with something for each sample, which a captured forward cannot read.
-
-    In a batch, where the model's forward does not read it, it does not matter.
-    """
 
 
 class SinglePass:
@@ -142,7 +135,7 @@ class SinglePass:
             raise UnsupportedError(self._why_in_vain)
         self._traces, self._before = ModelTraces(self.model), Generators.now()
         self._batch, self._num_samples = batch, num_samples
-        self._lists = _lists_of_samples(batch, num_samples)
+        self._lists = lists_of_samples(batch, num_samples)
         try:
             if self._adds_loss is None:
                 self._adds_loss = self._computes_loss()
@@ -158,6 +151,18 @@ class SinglePass:
             self._traces.restore()
             self._rewind()
             raise
+
+    @contextmanager
+    def no_trace(self) -> Iterator[None]:
+        """Puts back the buffers that the selection's losses change: the training step's own change them again."""
+        assert self._state is not None
+        restore = None
+        if any(module._buffers and not isinstance(module, _BatchNorm) for module in self.model.modules()):
+            restore = ModelTraces(self.model, attributes=False).restore_buffers
+        yield
+        if restore is not None and self._state.change() is not None:
+            restore()
+            self._state = self._state.renew()
 
     def inputs_and_grads(self, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """H, P and the outputs of the output layer in the pass, for the samples' losses, shape (M,).
@@ -225,12 +230,12 @@ class SinglePass:
         Without a Trainer on the stack it is served from now on.
         """
         self.installed = True
-        trainer = self._trainer() or _trainer_on_the_stack()
+        trainer = self._trainer() or trainer_on_the_stack()
         if trainer is None:
             self._patch()
             return
         self._trainer = weakref.ref(trainer)
-        _uninstall_step(trainer)
+        uninstall_step(trainer)
         make_step = trainer._train_batch
 
         def served_step(*args: Any, **kwargs: Any) -> Any:
@@ -240,7 +245,7 @@ class SinglePass:
                 self._patch()
                 return make_step(*args, **kwargs)
             finally:
-                _uninstall_step(trainer)
+                uninstall_step(trainer)
                 self.release()
 
         served_step._of_single_pass = True  # type: ignore[attr-defined]
@@ -399,8 +404,7 @@ class SinglePass:
             raise UnsupportedError(f"it could not be verified: {first_line(error)}") from error
 
     def _inputs(self, batch: Any) -> Any:
-        if self._lists:
-            batch = map_nest(lambda name, leaf: ListOfSamples() if name in self._lists else leaf, batch, self._lists)
+        batch = without_lists(batch, self._lists)
         if not self._adds_loss:
             return batch
         batch = copy_structure(batch)
@@ -411,7 +415,7 @@ class SinglePass:
         """Whether a HuggingFace model puts a loss into its outputs."""
         try:
             with torch.no_grad(), self.precision():
-                outputs = self._own(_copied(self._batch))
+                outputs = self._own(copy_batch(self._batch))
         except Exception as error:
             raise UnsupportedError(f"it could not be run: {first_line(error)}") from error
         finally:
@@ -596,7 +600,7 @@ class SinglePass:
 
         def gradients(outputs: Any, alone: bool = True) -> tuple[torch.Tensor | None, ...]:
             with precision():
-                picked = _copied(self._picked)
+                picked = copy_batch(self._picked)
                 each = losses(self._completed(outputs if alone else rows(outputs), picked), picked)
             # As the Trainer does, outside of autocast.
             return torch.autograd.grad((each * weights.to(each)).sum(), parameters, allow_unused=True)
@@ -634,7 +638,7 @@ class SinglePass:
     def _check_loss(self, outputs: Any) -> None:
         """Compares the loss that is put into the outputs with the model's own."""
         self._rewind()
-        whole, completed = self._own(_copied(self._batch)), self._completed(outputs, _copied(self._batch))
+        whole, completed = self._own(copy_batch(self._batch)), self._completed(outputs, copy_batch(self._batch))
         key = "loss" if isinstance(whole, MutableMapping) else 0
         check_outputs([completed[key]], [whole[key]])
 
@@ -646,31 +650,6 @@ class _StaleError(UnsupportedError):
 def _two_samples(step: int, num_samples: int) -> torch.Tensor:
     """Samples that are drawn for a step; two, because a model may squeeze a single one."""
     return torch.tensor(random.Random(step).sample(range(num_samples), min(2, num_samples)))
-
-
-def _copied(batch: Any) -> Any:
-    """A batch of copies, for functions that may change it in place."""
-    return map_tensors(torch.clone, batch)
-
-
-def _trainer_on_the_stack() -> Trainer | None:
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code is Trainer.fit.__code__:
-            return frame.f_locals["self"]
-        frame = frame.f_back
-    return None
-
-
-def _uninstall_step(trainer: Trainer) -> None:
-    if hasattr(vars(trainer).get("_train_batch"), "_of_single_pass"):
-        del trainer._train_batch
-
-
-def _lists_of_samples(batch: Any, num_samples: int) -> frozenset[str]:
-    """The names of a batch's lists with something for each sample."""
-    names = sample_names(batch, num_samples)
-    return frozenset(name for name, leaf in named_leaves(batch, names) if name in names and is_sequence(leaf))
 
 
 @torch.no_grad()

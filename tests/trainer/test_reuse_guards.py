@@ -119,6 +119,7 @@ def fit(model, data, algorithm, others=(), callbacks=(), microbatch_size=M):
             algorithm_passes=[select_first],
             callbacks=list(callbacks),
             device_train_microbatch_size=microbatch_size,
+            seed=1,
             progress_bar=False,
             device="cpu",
         )
@@ -471,6 +472,29 @@ def test_a_list_of_a_number_for_each_sample_is_no_reason(served):
         warnings.filterwarnings("error", "LossBackprop")
         trainer.fit()
     assert served == [3, 3, 2] * 2
+
+
+@pytest.mark.parametrize("select", [GradMatch, LossBackprop])
+def test_a_loss_that_changes_a_buffer_changes_it_once_a_step(select, served):
+    class Counts(Net):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(5))
+
+        def loss(self, outputs, batch, reduction="mean"):
+            self.mean.mul_(0.9).add_(outputs.detach().mean(0))
+            return super().loss(outputs, batch, reduction)
+
+    means = []
+    for reuse in (False, True):
+        torch.manual_seed(0)
+        model = Counts()
+        algorithm = select(0.0, 1.0, KEEP, interrupt=0, reuse_activations=reuse)
+        torch.manual_seed(1)
+        assert not fit(model, batches(tuples, 3), algorithm)
+        means.append(model.mean)
+    assert served == [M // 2] * 3
+    torch.testing.assert_close(*means)
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
