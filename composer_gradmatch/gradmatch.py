@@ -139,9 +139,10 @@ class GradMatch(TwoPassBackprop):
 
     On ``Event.AFTER_DATALOADER`` a forward pass gives the last linear layer's inputs and output gradients; their
     Gram matrix (eq. 4) goes to orthogonal matching pursuit (Algorithm 2), and the picked samples replace
-    ``state.batch``. On ``Event.AFTER_LOSS`` the loss of each microbatch becomes its weighted loss. The pass
-    leaves buffers and random number generators as they were. A minibatch whose last-layer gradients are not
-    finite, or whose mean is zero, is trained whole.
+    ``state.batch``. On ``Event.AFTER_LOSS`` the loss of each microbatch becomes L + (1/Z)·Σᵢ(wᵢ − 1)ℓᵢ: its samples
+    weighted, its other terms as they were. The pass leaves the batch, buffers, parameters, modules' attributes and
+    random number generators as they were. A minibatch whose last-layer gradients are not finite, or whose mean is
+    zero, is trained whole.
 
     On a GPU, with ``solver="omp"`` and no tolerance, the host does not wait for the selection: there are always m
     picks, some of weight zero where matching pursuit stops early; and of a minibatch that cannot be matched m samples
@@ -190,7 +191,8 @@ class GradMatch(TwoPassBackprop):
     Raises:
         TypeError: At INIT, if the model's loss cannot give per-sample values.
         ValueError: If a value is out of range; at INIT, if ``output_layer`` names no linear layer; at the first
-            batch, if the output layer or the batch's samples cannot be found.
+            batch, if the output layer or the batch's samples cannot be found, if rows are not samples, if losses
+            depend on other samples or do not make the model's own loss, or if weights cannot reach their samples.
 
     Example:
         .. code-block:: python

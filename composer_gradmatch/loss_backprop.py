@@ -63,7 +63,8 @@ class LossBackprop(TwoPassBackprop):
     ((rank + ½)/M)^β. With ``history=R`` the rank within the minibatch gives way to the rank among the R most recent
     losses seen on this rank, as in the original paper, still picking exactly m. Unlike Composer's, the selection
     pass leaves BatchNorm's statistics alone, draws come from torch's generator (and so resume from a
-    checkpoint), and a small last minibatch keeps at least one sample.
+    checkpoint), and a small last minibatch keeps at least one sample. With mosaicml-streaming data sets Composer
+    does not restore the generators in mid-epoch, so there the draws do not resume.
 
     Args:
         start (float, optional): Start of selection as a fraction of training. Default: ``0.5``.

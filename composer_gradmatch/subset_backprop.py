@@ -56,6 +56,10 @@ class SubsetBackprop(Algorithm):
             ``max_duration``, which in epochs are whole ones, as Composer's own algorithm does; ``"batch"`` counts
             batches within an epoch, too. Default: ``"duration"``.
 
+    Attributes:
+        last_selection (Selection, optional): The picks of the last minibatch that was selected from: indices, weights
+            and metrics; None if that was trained whole.
+
     Raises:
         ValueError: If a value is out of range.
     """
