@@ -72,12 +72,12 @@ def enough_samples(num_picks: int, num_samples: int, state: State, fewest: int, 
 
 
 def fill_up(selection: Selection, num_samples: int, wanted: int, growth: float | None = None) -> Selection:
-    """Adds samples that were not picked, with weight zero.
+    """Adds samples that were not picked: to picks with weights, with weight zero; to others as picks of their own.
 
     The other weights grow, so that the weighted mean over all of them is what it was.
 
     Args:
-        selection (Selection): n picks of M samples; their weights, ones if None.
+        selection (Selection): n picks of M samples.
         num_samples (int): M.
         wanted (int): The number of samples to come to, at least n.
         growth (float, optional): What to multiply the weights by, where the mean is over more than these samples (over
@@ -93,6 +93,7 @@ def fill_up(selection: Selection, num_samples: int, wanted: int, growth: float |
     taken = torch.zeros(num_samples, dtype=torch.bool)
     taken[selection.indices.cpu()] = True
     more = (~taken).nonzero().flatten()[: wanted - n].to(selection.indices.device)
-    weights = torch.ones(n, dtype=torch.float64) if selection.weights is None else selection.weights
-    weights = torch.cat([weights * growth, weights.new_zeros(wanted - n)])
-    return replace(selection, indices=torch.cat([selection.indices, more]), weights=weights)
+    indices, weights = torch.cat([selection.indices, more]), selection.weights
+    if weights is not None:
+        weights = torch.cat([weights * growth, weights.new_zeros(wanted - n)])
+    return replace(selection, indices=indices, weights=weights)

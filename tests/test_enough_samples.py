@@ -49,18 +49,26 @@ def test_the_number_is_the_smallest_that_is_enough(n, more, size, fewest, microb
     assert found == (fits[0] if fits else n)
 
 
-@given(n=st.integers(1, 10), more=st.integers(0, 10), weighted=st.booleans())
-def test_filling_up_keeps_the_weighted_mean(n, more, weighted):
+@given(n=st.integers(1, 10), more=st.integers(0, 10))
+def test_filling_up_keeps_the_weighted_mean(n, more):
     generator = torch.Generator().manual_seed(n)
     values = torch.randn(25, generator=generator).double()
-    indices = torch.randperm(25, generator=generator)[:n]
-    weights = torch.rand(n, generator=generator).double() if weighted else None
+    indices, weights = torch.randperm(25, generator=generator)[:n], torch.rand(n, generator=generator).double()
     filled = fill_up(Selection(indices, weights), 25, n + more)
     assert len(set(filled.indices.tolist())) == n + more
-    own = torch.ones(n).double() if weights is None else weights
-    new = torch.ones(n).double() if filled.weights is None else filled.weights
-    expected = (own * values[indices]).mean()
-    torch.testing.assert_close((new * values[filled.indices]).mean(), expected)
+    torch.testing.assert_close((filled.weights * values[filled.indices]).mean(), (weights * values[indices]).mean())
+
+
+@given(n=st.integers(1, 10), more=st.integers(0, 10))
+def test_picks_without_weights_are_filled_up_with_more_of_them(n, more):
+    filled = fill_up(Selection(torch.arange(25)[-n:]), 25, n + more)
+    assert filled.weights is None
+    assert len(set(filled.indices.tolist())) == n + more
+
+
+def test_weights_grow_by_what_the_mean_over_all_ranks_asks_for():
+    filled = fill_up(Selection(torch.tensor([3]), torch.ones(1).double()), 5, 1, growth=1.5)
+    assert filled.weights.tolist() == [1.5]
 
 
 @pytest.mark.parametrize(

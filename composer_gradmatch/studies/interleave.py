@@ -69,8 +69,8 @@ class Interleaved(Algorithm):
         if event == Event.FIT_START:
             for variant in self.variants:
                 if variant.algorithm is not None:
-                    vars(variant.algorithm).update(ordered_first=True)
                     for first in (Event.INIT, Event.FIT_START):
+                        vars(variant.algorithm).update(ordered_first=True)  # As the algorithm pass does on each.
                         self._hand_on(variant, first, state, logger)
         else:
             self._hand_on(self.current, event, state, logger)
