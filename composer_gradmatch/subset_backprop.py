@@ -351,7 +351,7 @@ class SubsetBackprop(Algorithm):
         self._weights = state.device.tensor_to_device(torch.linspace(0.5, 1.5, num_samples))
 
     def _num_picks(self, state: State, num_samples: int) -> int:
-        """M = max(1, int(keep·M)), and more where the model cannot be trained on as few."""
+        """Counts the picks: m = max(1, int(keep·M)), and more where batch normalisation cannot take as few."""
         num_picks = max(1, int(self.keep * num_samples))
         return enough_samples(num_picks, num_samples, state, self._fewest(state, num_picks))
 

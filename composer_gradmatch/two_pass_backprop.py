@@ -15,6 +15,7 @@ from composer.loggers import Logger
 from torch import nn
 
 from composer_gradmatch.batches import copy_batch, count_samples, describe_targets, take_samples
+from composer_gradmatch.enough_samples import fewest_in_a_microbatch
 from composer_gradmatch.given_batch import GivenBatch
 from composer_gradmatch.huggingface_losses import huggingface_losses
 from composer_gradmatch.loss_scale import LossScale
@@ -413,6 +414,8 @@ class TwoPassBackprop(SubsetBackprop):
         one of all ranks (FSDP gathers parameters in it), all make the same number of them.
         """
         passes = -(-num_samples // size)
+        if passes > 1 and num_samples // passes == 1 and fewest_in_a_microbatch(unwrap(state.model)) > 1:
+            passes = num_samples // 2  # Batch normalisation takes no single sample.
         if needs_all_ranks(unwrap(state.model)):
             passes = largest_on_all_ranks(passes, state.device)
         for i in range(passes):

@@ -173,3 +173,14 @@ def test_low_precision_runs_the_selection_pass_only():
     assert all(a for a, _ in pairs)
     assert len(overlap) == 36
     print(f"picks of amp_bf16 that are fp32's, mean over {len(overlap)} steps on digits: {sum(overlap) / 36:.2f}")
+
+
+@pytest.mark.parametrize("algorithm_class", TWO_PASS)
+def test_no_part_of_a_small_last_minibatch_is_a_single_sample_for_batch_normalisation(algorithm_class):
+    """Three samples in microbatches of two would be one and two."""
+    module = nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 5))
+    model = ComposerClassifier(module, num_classes=5)
+    algorithm = algorithm_class(keep=0.3, **ON)
+    train = loader(MLP.data(19), 16)
+    make_trainer(model, train, [algorithm], max_duration="1ep", device_train_microbatch_size=2).fit()
+    assert algorithm.batches_trained_whole == 0
