@@ -150,6 +150,8 @@ class TwoPassBackprop(SubsetBackprop):
         self._makes_two_passes = not reuse_activations
 
     def _reset(self) -> None:
+        #: What a checkpoint says of the loss's scale.
+        self._known_scale: dict[str, Any] = {}
         super()._reset()
         self._fitting_size: int | None = None
 
@@ -160,10 +162,21 @@ class TwoPassBackprop(SubsetBackprop):
         self._passes = 0
         self._put_back: Callable[[], None] | None = None
         self._scale = LossScale()
+        self._scale.load_state_dict(self._known_scale)
         self._batch_of_loss: GivenBatch | None = None
         self._moment_of_loss: Moment | None = None
         #: Whether the model's loss draws random numbers, or changes its buffers or attributes.
         self._loss_leaves_traces = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the algorithm."""
+        return {**super().state_dict(), "loss_scale": self._scale.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned."""
+        super().load_state_dict(state)
+        self._known_scale = state.get("loss_scale", {})
+        self._scale.load_state_dict(self._known_scale)
 
     def match(self, event: Event, state: State) -> bool:
         """Whether to run: see :class:`.Algorithm`."""
