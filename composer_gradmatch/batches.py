@@ -140,13 +140,12 @@ def take_samples(batch: Any, indices: torch.Tensor | slice, num_samples: int, wh
             "in a tuple, a dict or an object with attributes."
         )
     taken: dict[int, Any] = {}
-    at = indices if isinstance(indices, slice) else indices.tolist()
 
     def take(name: str, leaf: Any) -> Any:
         if name not in names:
             return leaf
         if id(leaf) not in taken:
-            taken[id(leaf)] = _rows_of(leaf, indices, at)
+            taken[id(leaf)] = _rows_of(leaf, indices)
         return taken[id(leaf)]
 
     return map_nest(take, batch, names)
@@ -286,16 +285,18 @@ def _lengths(value: Any) -> list[int] | None:
     return list(dict.fromkeys([*nest, len(value)] if holds_arrays(value) else [len(value), *nest]))
 
 
-def _rows_of(leaf: Any, indices: torch.Tensor | slice, at: Sequence[int] | slice) -> Any:
-    """The rows of a sample leaf; ``at`` are the indices in Python."""
-    if isinstance(leaf, torch.Tensor) and (leaf.is_nested or leaf.layout != torch.strided):
+def _rows_of(leaf: Any, indices: torch.Tensor | slice) -> Any:
+    """The rows of a sample leaf."""
+    if isinstance(leaf, torch.Tensor) and not leaf.is_nested and leaf.layout == torch.strided:
+        return leaf[indices if isinstance(indices, slice) else indices.to(leaf.device)]
+    # In Python, which makes the host wait for what a GPU has picked.
+    at = indices if isinstance(indices, slice) else indices.tolist()
+    if isinstance(leaf, torch.Tensor):
         chosen = list(range(length(leaf) or 0)[at] if isinstance(at, slice) else at)
         if not leaf.is_nested:
             return leaf.index_select(0, torch.tensor(chosen, device=leaf.device))
         parts = leaf.unbind()
         return torch.nested.as_nested_tensor([parts[i] for i in chosen], layout=leaf.layout)
-    if isinstance(leaf, torch.Tensor):
-        return leaf[indices if isinstance(indices, slice) else indices.to(leaf.device)]
     if hasattr(leaf, "iloc"):
         return leaf.iloc[at]
     if isinstance(at, slice):

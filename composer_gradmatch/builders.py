@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -20,6 +21,8 @@ from composer_gradmatch.config import ConfigError, argument_problems, matches, n
 from composer_gradmatch.gradmatch import GradMatch
 from composer_gradmatch.loss_backprop import LossBackprop
 from composer_gradmatch.random_backprop import RandomBackprop
+from composer_gradmatch.refusals import mark_as_users, refusing
+from composer_gradmatch.value_rules import ARGUMENT_RULES, LOADER_RULES, Rule, number_problems, rule_problems
 
 __all__ = [
     "TABLES",
@@ -31,6 +34,7 @@ __all__ = [
     "check_loader",
     "check_section",
     "resolve",
+    "try_parts",
 ]
 
 Factory = Callable[..., Any]
@@ -178,7 +182,9 @@ def resolve(kind: str, name: str) -> Factory:
         return table[name]
     added = {point.name: point for point in entry_points(group=group)} if group else {}
     if name in added:
-        return added[name].load()
+        factory = added[name].load()
+        mark_as_users(factory.__module__)
+        return factory
     raise ConfigError(f"unknown {kind} {name!r}; {nearest(name, [*table, *added])}")
 
 
@@ -190,7 +196,20 @@ def _check_named(
         factory = resolve(kind, name)
     except ConfigError as error:
         return [f"{name_at}: {error}"]
-    return [] if arguments is None else argument_problems(at, factory, arguments, supplied)
+    if arguments is None:
+        return []
+    problems = argument_problems(at, factory, arguments, supplied)
+    if factory is TABLES[kind][0].get(name):  # The rules are for what our tables hold, not for what others bring.
+        problems += _ruled(at, arguments, ARGUMENT_RULES.get(kind, {}), problems, name)
+    return problems
+
+
+def _ruled(at: str, values: dict[str, Any], rules: dict[str, Rule], known: list[str], name: str = "") -> list[str]:
+    """What breaks the rules among the values of a section that have no problem yet."""
+    wrong = {problem.split(":", 1)[0] for problem in known}
+    finite = {key: value for key, value in values.items() if not number_problems(f"{at}.{key}", value)}
+    fitting = {key: value for key, value in finite.items() if f"{at}.{key}" not in wrong}
+    return rule_problems(at, fitting, rules, name)
 
 
 def _without_name(kind: str, where: str, section: Any) -> list[str]:
@@ -212,7 +231,9 @@ def check_loader(where: str, section: Any) -> list[str]:
     problems = _without_name("data set", where, section)
     if not isinstance(section, dict):
         return problems
-    dataset = section.get("dataset") or {}
+    dataset = section.get("dataset")
+    if dataset is None:
+        dataset = {}
     if not isinstance(dataset, dict):
         return [f"{where}.dataset: expected a mapping, got {dataset!r}."]
     if not problems:
@@ -224,19 +245,28 @@ def check_loader(where: str, section: Any) -> list[str]:
             problems.append(f"{where}.{key}: unknown key; {nearest(key, ['name', 'dataset', *_LOADER_TYPES])}")
         elif not matches(value, _LOADER_TYPES[key]):
             problems.append(f"{where}.{key}: expected {show_type(_LOADER_TYPES[key])}, got {value!r}.")
-        elif key == "label_noise" and value:
+        elif key == "label_noise" and value is not None:
             problems += argument_problems(f"{where}.label_noise", data.NoisyLabels, value, supplied=("dataset",))
+    problems += _ruled(where, section, LOADER_RULES, problems)
+    if not problems and not section.get("num_workers"):
+        problems = [
+            f"{where}.{key}: expected num_workers of at least 1 beside it; got {section[key]!r} without workers."
+            for key in ("persistent_workers", "prefetch_factor", "timeout")
+            if section.get(key) and not number_problems(key, section[key])
+        ]
     return problems
 
 
 def check_entries(kind: str, where: str, entries: Any) -> list[str]:
     """What is wrong with a section of ``name: {arguments}`` entries: a message for each problem."""
-    if not isinstance(entries or {}, dict):
+    if entries is None or entries is False:
+        return []
+    if not isinstance(entries, dict):
         return [f"{where}: expected a mapping of names to arguments, got {entries!r}."]
     problems = []
-    for name, arguments in (entries or {}).items():
+    for name, arguments in entries.items():
         at = f"{where}.{name}"
-        if arguments is not False and not isinstance(arguments or {}, dict):
+        if not (arguments is None or arguments is False or isinstance(arguments, dict)):
             problems.append(f"{at}: expected a mapping of arguments, nothing or false, got {arguments!r}.")
         else:
             problems += _check_named(kind, str(name), None if arguments is False else arguments or {}, at, at)
@@ -249,19 +279,38 @@ def build_named(kind: str, section: dict[str, Any], *args: Any) -> Any:
     Raises:
         ConfigError: If what it names needs a package or a file that is not there, or refuses a value.
     """
-    try:
+    with _refusing(f"{kind} {section['name']}"):
         return resolve(kind, section["name"])(*args, **{k: v for k, v in section.items() if k != "name"})
-    except (OSError, ImportError, ValueError) as error:
-        raise ConfigError(f"{kind} {section['name']}: {error}") from error
+
+
+@contextmanager
+def _refusing(where: str) -> Iterator[None]:
+    """Turns what a constructor raises into an error of the config.
+
+    These are the errors that a constructor refuses values with, whoever wrote it; of others, those that the user's own
+    code had no part in.
+    """
+    with refusing(where):
+        try:
+            yield
+        except ConfigError:
+            raise
+        except (OSError, ImportError, ValueError) as error:
+            raise ConfigError(f"{where}: {error}") from error
 
 
 def build_entries(kind: str, entries: dict[str, Any] | None) -> list[Any]:
-    """Builds the entries that are not switched off by ``false``."""
-    return [
-        resolve(kind, name)(**(arguments or {}))
-        for name, arguments in (entries or {}).items()
-        if arguments is not False
-    ]
+    """Builds the entries that are not switched off by ``false``.
+
+    Raises:
+        ConfigError: If one needs a package or a file that is not there, or refuses a value; it names the entry.
+    """
+    built = []
+    for name, arguments in (entries or {}).items():
+        if arguments is not False:
+            with _refusing(f"{kind}s.{name}"):
+                built.append(resolve(kind, name)(**(arguments or {})))
+    return built
 
 
 def build_algorithms(entries: dict[str, Any] | None) -> list[Algorithm]:
@@ -270,13 +319,22 @@ def build_algorithms(entries: dict[str, Any] | None) -> list[Algorithm]:
     Raises:
         ConfigError: If an algorithm refuses a value.
     """
-    algorithms = []
-    for name, arguments in (entries or {}).items():
-        try:
-            algorithms += build_entries("algorithm", {name: arguments})
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"algorithms.{name}: {error}") from error
-    return algorithms
+    return build_entries("algorithm", entries)
+
+
+def try_parts(config: dict[str, Any]) -> None:
+    """Builds what costs nothing to build, so that a value that it refuses is told of before data and model are built.
+
+    Args:
+        config (dict[str, Any]): Checked.
+
+    Raises:
+        ConfigError: If a callback, the scheduler or the optimizer refuses a value.
+    """
+    build_entries("callback", config.get("callbacks"))
+    build_named("optimizer", config["optimizer"], [torch.nn.Parameter(torch.zeros(1))])
+    if config.get("scheduler"):
+        build_named("scheduler", config["scheduler"])
 
 
 def build_loader(section: dict[str, Any], batch_size: int, where: str) -> DataLoader:
@@ -293,14 +351,12 @@ def build_loader(section: dict[str, Any], batch_size: int, where: str) -> DataLo
     """
     options = {key: value for key, value in section.items() if key not in ("name", "dataset", "label_noise")}
     shuffle, drop_last = options.pop("shuffle", False), options.pop("drop_last", False)
-    try:
+    with _refusing(where):
         dataset: Dataset = resolve("data set", section["name"])(**(section.get("dataset") or {}))
-        if section.get("label_noise"):
+        if section.get("label_noise") is not None:
             dataset = data.NoisyLabels(dataset, **section["label_noise"])
-    except (OSError, ImportError, ValueError) as error:
-        raise ConfigError(f"{where}: {error}") from error
-    sampler = dist.get_sampler(dataset, shuffle=shuffle, drop_last=drop_last)
-    loader = DataLoader(dataset, batch_size=batch_size, sampler=sampler, drop_last=drop_last, **options)
+        sampler = dist.get_sampler(dataset, shuffle=shuffle, drop_last=drop_last)
+        loader = DataLoader(dataset, batch_size=batch_size, sampler=sampler, drop_last=drop_last, **options)
     if not len(loader):
         raise ConfigError(
             f"{where}: {len(sampler)} samples on each rank give no batch of {batch_size} with drop_last=true. Lower "

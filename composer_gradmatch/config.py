@@ -12,10 +12,20 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 import yaml
-from omegaconf import OmegaConf
+from composer.core import Time
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-__all__ = ["ConfigError", "argument_problems", "load_config", "matches", "nearest", "show_type"]
+__all__ = [
+    "ConfigError",
+    "argument_problems",
+    "load_config",
+    "matches",
+    "nearest",
+    "one_line",
+    "parse_time",
+    "show_type",
+]
 
 
 class ConfigError(ValueError):
@@ -50,14 +60,67 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, An
     wrong = [override for override in overrides if "=" not in override or override.startswith("=")]
     if wrong:
         raise ConfigError(f"Overrides have the form key.sub=value; got {', '.join(map(repr, wrong))}.")
+    merged = _read(path)
+    for override in overrides:
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+        except _UNREADABLE as error:
+            raise ConfigError(
+                f"{override.split('=')[0]}: cannot override it with {override!r}: {one_line(error)}"
+            ) from error
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides))
-        config = OmegaConf.to_container(merged, resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"Cannot read {path}: {error}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} must hold a mapping of keys to values, got a {type(config).__name__}.")
+        config = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    except _UNREADABLE as error:
+        raise ConfigError(f"Cannot read {path}: {one_line(error)}") from error
+    assert isinstance(config, dict)
     return {str(key): value for key, value in config.items()}
+
+
+# What YAML's and OmegaConf's own code raises on what a file or an override may hold.
+_UNREADABLE = (
+    yaml.YAMLError,
+    OmegaConfBaseException,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    AssertionError,
+    OSError,
+    RecursionError,
+)
+
+
+def _read(path: Path) -> DictConfig:
+    try:
+        loaded = OmegaConf.load(path)
+    except RecursionError as error:
+        raise ConfigError(f"Cannot read {path}: it is nested too deeply.") from error
+    except OSError as error:
+        # OmegaConf's for a file that holds a single value, and the file system's own.
+        raise ConfigError(f"{path} must hold a mapping of keys to values: {one_line(error)}") from error
+    except _UNREADABLE as error:
+        raise ConfigError(f"Cannot read {path}: {one_line(error)}") from error
+    if not isinstance(loaded, DictConfig) or loaded._is_none():
+        raise ConfigError(f"{path} must hold a mapping of keys to values, got a {type(loaded).__name__}.")
+    return loaded
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's type and message on one line."""
+    # Python's KeyError shows its message in quotes, an AssertionError often none.
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def parse_time(text: str) -> Time | None:
+    """Reads a time string such as ``"10ep"`` as Composer does; None if it is none, or negative."""
+    if not text.strip():
+        return None  # Composer reads no time as 0 seconds.
+    try:
+        time = Time.from_timestring(text)
+    except (ValueError, TypeError, OverflowError, AssertionError, AttributeError):
+        return None
+    return time if time.value >= 0 else None  # Not of nan, which Composer reads.
 
 
 def argument_problems(
@@ -81,13 +144,16 @@ def argument_problems(
         for name, p in signature.parameters.items()
         if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and name not in supplied
     }
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    kinds = {p.kind for p in signature.parameters.values()}
+    # A base class that takes any positional arguments too takes none of them to heart.
+    open_ended = inspect.Parameter.VAR_KEYWORD in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds
     hints = _hints(factory)
     problems = []
     for key, value in arguments.items():
         if key not in named:
             if not open_ended:
-                problems.append(f"{where}.{key}: unknown key; {nearest(key, named)}")
+                hint = nearest(key, named) if named else "It takes no arguments."
+                problems.append(f"{where}.{key}: unknown key; {hint}")
         elif not matches(value, hint := hints.get(key, Any)):
             problems.append(f"{where}.{key}: expected {show_type(hint)}, got {value!r} ({type(value).__name__}).")
     problems += [
@@ -116,7 +182,14 @@ def matches(value: Any, hint: Any) -> bool:
         return True
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
+        if isinstance(value, str) and any(map(_is_named, parts)):
+            # Where a string stands for a time or a member of an Enum, it must be one.
+            parts = tuple(part for part in parts if part is not str)
         return any(matches(value, part) for part in parts)
+    if _is_named(hint):
+        return _names(value, hint)
+    if (origin or hint) is Callable:
+        return False  # YAML cannot express one.
     if origin is Literal:
         return any(value == part and type(value) is type(part) for part in parts)
     if hint is None or hint is type(None):
@@ -140,8 +213,26 @@ def matches(value: Any, hint: Any) -> bool:
     if kind is dict:
         return isinstance(value, dict)
     if inspect.isclass(kind) and kind.__module__ not in ("typing", "collections.abc", "builtins"):
-        # Of Python's own classes YAML can only express the members of an Enum.
-        return isinstance(value, kind) or (issubclass(kind, Enum) and isinstance(value, str))
+        return isinstance(value, kind)
+    return True
+
+
+def _is_named(hint: Any) -> bool:
+    """Whether a class is one of those whose objects YAML can name: times and the members of an Enum."""
+    kind = typing.get_origin(hint) or hint
+    return inspect.isclass(kind) and issubclass(kind, Time | Enum)
+
+
+def _names(value: Any, hint: Any) -> bool:
+    kind = typing.get_origin(hint) or hint
+    if isinstance(value, kind) or not isinstance(value, str):
+        return isinstance(value, kind)
+    if issubclass(kind, Time):
+        return parse_time(value) is not None
+    try:
+        kind(value)
+    except ValueError:
+        return False
     return True
 
 
@@ -149,7 +240,19 @@ def show_type(hint: Any) -> str:
     """A type annotation, for an error message."""
     parts = typing.get_args(hint)
     if typing.get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(show_type(part) for part in parts)
+        if any(map(_is_named, parts)):
+            parts = tuple(part for part in parts if part is not str)
+        shown = dict.fromkeys(show_type(part) for part in parts if (typing.get_origin(part) or part) is not Callable)
+        return " or ".join(shown)
     if typing.get_origin(hint) is Literal:
         return " or ".join(map(repr, parts))
+    if _is_named(hint):
+        kind = typing.get_origin(hint) or hint
+        if issubclass(kind, Time):
+            return "a time such as '10ep'"
+        return f"one of {', '.join(str(member.value) for member in kind)}"
+    if typing.get_origin(hint) is list and parts:
+        return f"a list, each {show_type(parts[0])}"
+    if typing.get_origin(hint) is tuple and parts and Ellipsis not in parts:
+        return f"a list of {len(parts)}: {', '.join(map(show_type, parts))}"
     return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch._functorch.config
 from composer.algorithms import LabelSmoothing
 from composer.core import Algorithm, Event, Precision, State
-from composer.loggers import Logger
 from torch import nn
 
-from composer_gradmatch.batches import count_samples, take_samples, tensor_leaves
-from composer_gradmatch.last_layer import (
-    OutputLayerTap,
-    find_output_layer,
-    last_layer_gram,
-    resolve_output_layer,
-    watch_linears,
-)
+from composer_gradmatch.batches import copy_batch
+from composer_gradmatch.last_layer import OutputLayerTap, last_layer_gram, resolve_output_layer
 from composer_gradmatch.layer_gradients import LayerGradients, gram_of_all
-from composer_gradmatch.losses import LossFn, check_unit_weights
+from composer_gradmatch.losses import LossFn, check_objective
 from composer_gradmatch.match import Match, match_mean_gradient, match_on_device
 from composer_gradmatch.matching import Solver, check_solver
-from composer_gradmatch.selection_pass import check_scale_factor, no_trace, scale_inputs, unwrap
+from composer_gradmatch.output_layer import CheckedTap, observe_output_layer
+from composer_gradmatch.sample_checks import Rows, check_independence, normalised_by_running_statistics
+from composer_gradmatch.schedule import Clock
+from composer_gradmatch.selection_pass import Moment, check_scale_factor, no_trace, scale_inputs, unwrap
 from composer_gradmatch.spans import span
 from composer_gradmatch.subset_backprop import Selection, WholeBatch
 from composer_gradmatch.two_pass_backprop import TwoPassBackprop
@@ -68,12 +67,15 @@ def select_using_gradient_matching(
 
     Returns:
         tuple[torch.Tensor, torch.Tensor, torch.Tensor]: The picked inputs, their targets and their weights; the
-        weights are on the inputs' device and sum to their number. All samples, with weights one, if the mean
-        gradient is zero.
+        weights are on the inputs' device and sum to their number. All samples, with weights one, if ``keep`` is 1
+        or the mean gradient is zero.
 
     Raises:
-        ValueError: If an argument is out of range, lengths differ, or the gradients are not finite.
+        TypeError: If ``loss_fun`` is no function that takes ``reduction``.
+        ValueError: If an argument is out of range, lengths differ, the output layer is not found or no linear one, or
+            the gradients are not finite.
     """
+    _check_takes_reduction(loss_fun)
     if not 0 < keep <= 1:
         raise ValueError(f"keep must be in (0, 1], got {keep}.")
     check_scale_factor(scale_factor)
@@ -82,18 +84,22 @@ def select_using_gradient_matching(
         raise ValueError(
             f"input and target need the same number of samples, at least one; got {len(input)} and {len(target)}."
         )
+    if keep == 1:
+        return input, target, torch.ones(len(input), device=input.device)
     (scaled,) = scale_inputs((input,), 0, scale_factor)
     with no_trace(model):
         if output_layer is None:
             layer = observe_output_layer(model, scaled)
         else:
             layer = resolve_output_layer(model, output_layer)
-        with OutputLayerTap(layer).open() as tap:
+        with CheckedTap(model, layer, output_layer is not None).open() as tap:
             losses = loss_fun(model(scaled), target, reduction="none")
             if losses.shape[:1] != input.shape[:1]:
                 raise ValueError(f"loss_fun must return one loss a sample, got shape {tuple(losses.shape)}.")
             losses = losses.flatten(1).sum(1) if losses.dim() > 1 else losses
             inputs, grads = tap.inputs_and_grads(losses)
+    if tap.warning is not None:
+        warnings.warn(tap.warning, stacklevel=2)
     num_picks = max(1, int(keep * len(input)))
     gram = last_layer_gram(inputs.double(), grads.double(), layer.bias is not None)
     match = match_mean_gradient(gram, num_picks, solver=solver, ridge=ridge, tolerance=tolerance)
@@ -103,20 +109,26 @@ def select_using_gradient_matching(
     return input[indices], target[indices.to(target.device)], match.weights.float().to(input.device)
 
 
-@torch.no_grad()
-def observe_output_layer(model: nn.Module, batch: Any) -> nn.Linear:
-    """The linear layer that puts out what a model returns, found by one forward pass.
+def _check_takes_reduction(loss_fun: Callable[..., torch.Tensor]) -> None:
+    """Raises unless a function can be called with ``reduction='none'``, as far as its signature tells."""
+    remedy = "pass a function of (outputs, target, reduction='none'), F.cross_entropy for example."
+    if not callable(loss_fun):
+        raise TypeError(f"loss_fun must be a function, got {type(loss_fun).__name__}: {remedy}")
+    try:
+        parameters = inspect.signature(loss_fun.forward if isinstance(loss_fun, nn.Module) else loss_fun).parameters
+    except ValueError:
+        return  # A function of C's, which tells no signature.
+    if "reduction" not in parameters and not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        raise TypeError(
+            f"loss_fun takes no keyword argument 'reduction', so it cannot give the loss of each sample: {remedy}"
+        )
 
-    Args:
-        model (nn.Module): Called on the batch; wrap in :func:`.no_trace` to leave its buffers alone.
-        batch (Any): What the model takes.
 
-    Raises:
-        ValueError: If no linear layer's output is among the model's outputs.
-    """
-    with watch_linears(model) as calls:
-        outputs = model(batch)
-    return find_output_layer(model, calls, list(tensor_leaves(outputs)))
+def _module_at(model: nn.Module, name: str) -> nn.Module | None:
+    module: Any = model
+    for part in name.split("."):
+        module = getattr(module, part, None)
+    return module
 
 
 class GradMatch(TwoPassBackprop):
@@ -151,8 +163,10 @@ class GradMatch(TwoPassBackprop):
         target_key (str | int | tuple[Callable, Callable] | Any, optional): Where a batch has its targets.
             Default: ``1``.
         output_layer (str | nn.Module, optional): The ``nn.Linear`` whose gradients stand for the model's: a dotted
-            name or the module itself. ``None`` finds the one that put out what the model returns.
-            Default: ``None``.
+            name or the module itself. ``None`` finds the one that put out what the model returns (its ``logits``, if
+            it names them), or what that is made from by nothing learned. Its output must be its input times its
+            weight plus its bias; where the loss goes through other parameters behind it, one that was found is an
+            error, and one that was named a warning. Default: ``None``.
         loss_fn (Callable, optional): A function of (outputs, batch) that returns the loss of each sample, shape
             (M,). ``None`` asks the model's own ``loss(..., reduction='none')`` or, for a ``HuggingFaceModel``, takes
             the loss of its task from its logits and labels. Default: ``None``.
@@ -170,6 +184,8 @@ class GradMatch(TwoPassBackprop):
             ``None`` for the training step's. Default: ``None``.
         reuse_activations (bool, optional): Whether to make one forward pass instead of two; see
             :class:`.TwoPassBackprop`. Default: ``False``.
+        clock (str, optional): ``"batch"`` counts batches within an epoch, too, for ``start`` and ``end``; see
+            :class:`.SubsetBackprop`. Default: ``"duration"``.
 
     Raises:
         TypeError: At INIT, if the model's loss cannot give per-sample values.
@@ -208,6 +224,7 @@ class GradMatch(TwoPassBackprop):
         selection_microbatch_size: int | str | None = None,
         selection_precision: str | Precision | None = None,
         reuse_activations: bool = False,
+        clock: Clock = "duration",
     ) -> None:
         super().__init__(
             start,
@@ -221,6 +238,7 @@ class GradMatch(TwoPassBackprop):
             selection_microbatch_size,
             selection_precision,
             reuse_activations,
+            clock,
         )
         if output_layer is not None and not isinstance(output_layer, str | nn.Module):
             raise TypeError(f"output_layer must be a dotted name, a module or None, got {output_layer!r}.")
@@ -228,15 +246,14 @@ class GradMatch(TwoPassBackprop):
         self.output_layer = output_layer
         self.solver: Solver = solver
         self.ridge, self.tolerance = ridge, tolerance
-        self._layer: nn.Linear | None = None
-        self._changed_in_place = False
 
-    def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Runs the part of the algorithm that belongs to an event: see :class:`.Algorithm`."""
-        if event == Event.FIT_START:
-            # Algorithms may have replaced modules since.
-            self._layer, self._changed_in_place = None, False
-        super().apply(event, state, logger)
+    def _reset_fit(self) -> None:
+        super()._reset_fit()
+        # Algorithms may have replaced modules since the last one.
+        self._layer: nn.Linear | None = None
+        self._layer_name: str | None = None
+        self._sample_dim: int | None = None
+        self._changed_in_place = False
 
     def _check_setup(self, state: State) -> None:
         super()._check_setup(state)
@@ -259,7 +276,8 @@ class GradMatch(TwoPassBackprop):
 
     def _check_order(self, state: State) -> None:
         super()._check_order(state)
-        self._check_loss_order(state, Algorithm)
+        if not self.ordered_first:
+            self._check_loss_order(state, Algorithm)
 
     def _check_loss_order(self, state: State, kind: type[Algorithm]) -> None:
         """Raises if an algorithm of a kind would undo its change of the loss before the samples are weighted."""
@@ -274,47 +292,107 @@ class GradMatch(TwoPassBackprop):
                 )
 
     def _output_layer(self, state: State) -> nn.Linear:
+        model = unwrap(state.model)
+        if (
+            self._layer is not None
+            and self._layer_name is not None
+            and _module_at(model, self._layer_name) is not self._layer
+        ):
+            self._layer = self._sample_dim = None  # It was replaced.
         if self._layer is None:
-            model = unwrap(state.model)
             if self.output_layer is not None:
                 self._layer = resolve_output_layer(model, self.output_layer)
             else:
                 batch, _ = self._few(state)
                 with no_trace(model), self._precision(state):
                     self._layer = observe_output_layer(model, scale_inputs(batch, self.input_key, self.scale_factor))
+            self._layer_name = next((name for name, each in model.named_modules() if each is self._layer), None)
         return self._layer
 
-    def _few(self, state: State) -> tuple[Any, int]:
-        """Some samples of the batch, for what takes more memory than selection does, and their number."""
-        num_samples = count_samples(state.batch, self.input_key, self.target_key)
-        few = min(self._selection_size(state, num_samples), max(8, self._ghost_batch_size))
-        return take_samples(state.batch, slice(few), num_samples), few
+    weighs_samples = True
+    _remedy_for_rows = (
+        "Gradient matching needs the samples first, in the batch's order, in the inputs and the outputs of its output "
+        "layer and in the losses. Pass another output_layer, or put them there; RandomBackprop looks at nothing."
+    )
+
+    def _tap(self, state: State, layer: nn.Linear) -> OutputLayerTap:
+        """A tap of the output layer, the first of which checks it."""
+        if self._sample_dim is None:
+            return CheckedTap(unwrap(state.model), layer, self.output_layer is not None)
+        return OutputLayerTap(layer, self._changed_in_place, self._sample_dim)
+
+    def _learn(self, tap: OutputLayerTap) -> None:
+        """Keeps what a tap has found, and says what it has to say."""
+        self._sample_dim = tap.sample_dim
+        if isinstance(tap, CheckedTap) and tap.warning is not None:
+            self._warn_once(tap.warning)
 
     def _rehearse(self, state: State, num_samples: int, num_picks: int) -> None:
-        """Also selects, and compares the weighted loss with the model's own."""
-        super()._rehearse(state, num_samples, num_picks)
-        # A compiled model's graph could otherwise not be kept for the second backward pass of the comparison.
+        # A compiled model's graph could otherwise not be kept for the second backward pass of a comparison.
         with torch._functorch.config.patch(donated_buffer=False):
-            self._match(state, num_samples, num_picks)
-            self._compare_losses(state)
+            super()._rehearse(state, num_samples, num_picks)
 
-    def _compare_losses(self, state: State) -> None:
-        """Shows that the weighted loss is the model's own one, its samples weighted."""
+    def _shows_rows(self, state: State, batch: Any, num_samples: int) -> bool:
+        """Shows that the weighted loss is the model's own, its samples weighted: of all of them, and of parts."""
+        parts = [torch.arange(num_samples)]
+        if num_samples // 2 >= max(2, self._ghost_batch_size):
+            parts += [torch.arange(num_samples // 2), torch.arange(num_samples // 2, num_samples)]
+        if num_samples > 1 and state.device_train_microbatch_size == 1:
+            parts += torch.arange(num_samples).split(1)[:4]
+        for part in parts:
+            self._check_objective(state, self._take(batch, part, num_samples), len(part))
+        return True
+
+    def _check_objective(self, state: State, batch: Any, num_samples: int) -> None:
         model = unwrap(state.model)
-        batch, n = self._few(state)
-        with OutputLayerTap(self._output_layer(state)).open() as tap:
-            outputs, losses = self._forward(state, batch, n)
+        with (
+            self._no_trace(state),
+            normalised_by_running_statistics(model) if num_samples == 1 else nullcontext(),
+            OutputLayerTap(self._output_layer(state), sample_dim=self._sample_dim).open() as tap,
+        ):
             with self._precision(state):
                 batch = scale_inputs(batch, self.input_key, self.scale_factor)
+                outputs = self._outputs_of(model, batch)
+                before = Moment.now(model)
+                losses = self._losses_of(model, outputs, copy_batch(batch), num_samples)
+                self._loss_leaves_traces |= not before.is_now()
+                before.restore()
                 own_loss: Any = model.loss(outputs, batch)  # type: ignore[operator]
-            check_unit_weights(losses, own_loss, tap.leaf)
+            # Before the context puts back what these graphs have saved.
+            check_objective(losses, own_loss, tap.leaf, self._scale)
+            mixed = check_independence(losses, tap.leaf, self._sample_dim or 0) is not None
+        if mixed:
+            raise ValueError(
+                "The loss of a sample depends on the outputs of other samples (a contrastive loss over the batch, or "
+                "batch normalisation behind the output layer), so that a subset's weighted losses do not stand for the "
+                "minibatch's. Use RandomBackprop; or pass as output_layer the last layer in front of what mixes the "
+                "samples and, as loss_fn, a loss of each sample on its own."
+            )
+
+    def _look(self, state: State, num_samples: int, num_picks: int) -> None:
+        self._match(state, num_samples, num_picks)
+
+    def _rows_of(self, state: State, batch: Any, num_samples: int) -> Rows:
+        layer = self._output_layer(state)
+
+        def rows(samples: torch.Tensor) -> dict[str, torch.Tensor]:
+            with (
+                self._no_trace(state),
+                normalised_by_running_statistics(unwrap(state.model)),
+                OutputLayerTap(layer, sample_dim=self._sample_dim).open() as tap,
+            ):
+                _, losses = self._forward(state, self._take(batch, samples, num_samples), num_samples)
+                inputs, grads = tap.inputs_and_grads(losses)
+            return {"the output layer's inputs": inputs, "its outputs' gradients": grads, "the losses": losses.detach()}
+
+        return rows
 
     def _match(self, state: State, num_samples: int, num_picks: int) -> Match | WholeBatch | None:
         layer = self._output_layer(state)
 
         def last_layer_gradients(batch: Any, n: int) -> LayerGradients:
             try:
-                with OutputLayerTap(layer, copy=self._changed_in_place).open() as tap:
+                with self._tap(state, layer).open() as tap:
                     outputs, losses = self._forward(state, batch, n)
                     with span("output_gradients"):
                         inputs, grads = tap.inputs_and_grads(losses)
@@ -324,9 +402,10 @@ class GradMatch(TwoPassBackprop):
                     raise
                 self._changed_in_place = True
                 return last_layer_gradients(batch, n)
-            return LayerGradients.of(layer, inputs, grads, tap.leaf.detach(), num_samples)
+            self._learn(tap)
+            return LayerGradients.of(layer, inputs, grads, tap.outputs, num_samples)
 
-        with no_trace(unwrap(state.model)):
+        with self._no_trace(state):
             parts = self._in_microbatches(state, num_samples, last_layer_gradients)
         return self._match_parts(state, parts, num_picks)
 
@@ -335,7 +414,9 @@ class GradMatch(TwoPassBackprop):
 
         def visit(single: SinglePass, losses: torch.Tensor) -> LayerGradients:
             with span("output_gradients"):
-                inputs, grads, outputs = single.inputs_and_grads(losses)
+                inputs, grads, outputs = (
+                    rows.movedim(self._sample_dim or 0, 0) for rows in single.inputs_and_grads(losses)
+                )
             return LayerGradients.of(self._output_layer(state), inputs, grads, outputs, num_samples)
 
         return self._once(state, num_samples, visit)

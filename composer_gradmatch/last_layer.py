@@ -7,7 +7,7 @@ The gradient of ℓₘ with respect to the layer's weight is then pₘhₘᵀ, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -17,7 +17,17 @@ from torch import nn
 
 from composer_gradmatch.position_gram import position_gram
 
-__all__ = ["OutputLayerTap", "find_output_layer", "last_layer_gram", "resolve_output_layer", "watch_linears"]
+__all__ = [
+    "OutputLayerTap",
+    "as_returned",
+    "cannot_find",
+    "find_output_layer",
+    "first_input",
+    "last_layer_gram",
+    "resolve_output_layer",
+    "sample_dim",
+    "watch_linears",
+]
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
@@ -93,9 +103,10 @@ def watch_linears(model: nn.Module) -> Iterator[list[tuple[nn.Linear, torch.Tens
     """Lists each ``nn.Linear`` and what it put out, call by call, while the context is open."""
     calls: list[tuple[nn.Linear, torch.Tensor]] = []
 
-    def record(module: nn.Module, _: Any, output: torch.Tensor) -> None:
+    def record(module: nn.Module, _: Any, output: Any) -> None:
         assert isinstance(module, nn.Linear)
-        calls.append((module, output))
+        if isinstance(output, torch.Tensor):  # Which that of a subclass need not be.
+            calls.append((module, output))
 
     handles = [module.register_forward_hook(record) for module in model.modules() if isinstance(module, nn.Linear)]
     try:
@@ -121,14 +132,85 @@ def find_output_layer(
     Raises:
         ValueError: If no ``nn.Linear`` put out what the model returns, or more than one did.
     """
-    found = {id(layer): layer for layer, output in calls if any(_same_memory(output, returned) for returned in outputs)}
+    found = as_returned(calls, outputs)
     if len(found) != 1:
-        what = "the output of no nn.Linear" if not found else "the outputs of more than one nn.Linear"
-        raise ValueError(
-            f"Cannot find the output layer of {type(model).__name__}: it returns {what}. {_candidates(model)} "
-            "Pass the name of the one that the loss's gradients go through first as output_layer."
-        )
-    return next(iter(found.values()))
+        raise ValueError(cannot_find(model, len(found)))
+    return found[0]
+
+
+def as_returned(calls: list[tuple[nn.Linear, torch.Tensor]], outputs: list[torch.Tensor]) -> list[nn.Linear]:
+    """The layers whose output *is* one of the tensors, or shares all of its memory.
+
+    Args:
+        calls (list): What :func:`watch_linears` recorded.
+        outputs (list[torch.Tensor]): The tensors that the model returned.
+    """
+    return list(
+        {id(layer): layer for layer, output in calls if any(_same_memory(output, each) for each in outputs)}.values()
+    )
+
+
+def cannot_find(model: nn.Module, number: int) -> str:
+    """What to say of a model of which no single output layer was found.
+
+    Args:
+        model (nn.Module): The model.
+        number (int): How many were.
+    """
+    what = "the outputs of more than one nn.Linear" if number else "the output of no nn.Linear"
+    return (
+        f"Cannot find the output layer of {type(model).__name__}: it returns {what}. {_candidates(model)} "
+        "Pass the name of the one that the loss's gradients go through first as output_layer."
+    )
+
+
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a layer was called on, by position or by whatever name.
+
+    Args:
+        args (tuple): As a forward hook gets them.
+        kwargs (dict): As a forward hook gets them.
+    """
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def sample_dim(
+    shape: tuple[int, ...], num_samples: int, grads_of: Callable[[int], torch.Tensor] | None = None
+) -> int | None:
+    """Which dimension of a layer's inputs or outputs is that of the samples; None if none can be.
+
+    Args:
+        shape (tuple[int, ...]): Of the inputs (M, D), (M, T, D), (T, M, D) or with further positions.
+        num_samples (int): M.
+        grads_of (Callable, optional): The gradient of one sample's loss at the outputs, which is not zero at the
+            sample's own index only; asked where several dimensions have length M. Without it the first of them is
+            taken. Default: ``None``.
+
+    Raises:
+        ValueError: If each sample's loss depends on several indices of each dimension.
+    """
+    candidates = [dim for dim, size in enumerate(shape[:-1]) if size == num_samples]
+    if len(candidates) < 2 or grads_of is None:
+        return candidates[0] if candidates else None
+    # Sample 0 last: position 0 is often the only one that counts.
+    for sample in [*range(1, num_samples), 0][:8]:
+        grads = grads_of(sample)
+        if len(candidates) == 1 or not grads.isfinite().all():
+            break
+        touched = grads.ne(0).any(-1)
+        if touched.any():
+            candidates = [
+                dim
+                for dim in candidates
+                if touched.movedim(dim, 0).flatten(1).any(1).nonzero().flatten().tolist() == [sample]
+            ]
+        if not candidates:
+            raise ValueError(
+                f"The output layer ran on inputs of shape {tuple(shape)} for {num_samples} samples, and the loss of "
+                f"sample {sample} depends on more than one index of each dimension of that length: none is the "
+                "samples'. Pass another layer as output_layer."
+            )
+    return candidates[0]
 
 
 def _same_memory(output: torch.Tensor, returned: torch.Tensor) -> bool:
@@ -147,11 +229,14 @@ class OutputLayerTap:
         layer (nn.Linear): The output layer.
         copy (bool, optional): Whether the model and the loss go on with a copy of the output, which they may change
             in place; without one they must not. Default: ``True``.
+        sample_dim (int, optional): Which dimension of its inputs is that of the samples, where it is known; it is
+            moved to the front. Default: ``None``.
     """
 
-    def __init__(self, layer: nn.Linear, copy: bool = True) -> None:
+    def __init__(self, layer: nn.Linear, copy: bool = True, sample_dim: int | None = None) -> None:
         self.layer = layer
         self.copy = copy
+        self.sample_dim = sample_dim
         self._inputs: torch.Tensor | None = None
         self._leaf: torch.Tensor | None = None
 
@@ -166,13 +251,20 @@ class OutputLayerTap:
             raise ValueError("The output layer did not run in the forward pass. Pass another one as output_layer.")
         return self._leaf
 
-    def _hook(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    @property
+    def outputs(self) -> torch.Tensor:
+        """The layer's output without a graph, the samples first: of use after :meth:`inputs_and_grads`."""
+        return self.leaf.detach().movedim(self.sample_dim or 0, 0)
+
+    def _hook(
+        self, module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor], output: torch.Tensor
+    ) -> torch.Tensor:
         if self._leaf is not None:
             raise ValueError(
                 "The output layer ran more than once in a single forward pass, so its gradient is not one outer "
                 "product for each sample. Pass another layer as output_layer."
             )
-        self._inputs = args[0].detach()
+        self._inputs = first_input(args, kwargs).detach()
         self._leaf = output.detach().requires_grad_()
         torch.set_grad_enabled(True)
         return self._leaf.clone() if self.copy else self._leaf
@@ -181,7 +273,7 @@ class OutputLayerTap:
     def open(self) -> Iterator[OutputLayerTap]:
         """Taps the layer; gradients, the hook and the grad mode are as before when the context closes."""
         with torch.no_grad():
-            handle = self.layer.register_forward_hook(self._hook)
+            handle = self.layer.register_forward_hook(self._hook, with_kwargs=True)
             try:
                 yield self
             finally:
@@ -190,22 +282,40 @@ class OutputLayerTap:
     def inputs_and_grads(self, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """H and P for the samples' losses, shape (M,): (M, D) and (M, C), or (M, T, D) and (M, T, C).
 
+        Where the layer runs with positions first, the samples' dimension is moved to the front.
+
         Raises:
             ValueError: If the layer did not run, the losses do not depend on its output, or it ran on another
                 number of samples than there are losses.
         """
         leaf, inputs = self.leaf, self._inputs
         assert inputs is not None
-        if inputs.dim() < 2 or len(inputs) != len(losses):
-            raise ValueError(
-                f"The output layer ran on inputs of shape {tuple(inputs.shape)} for {len(losses)} samples; expected "
-                f"({len(losses)}, {self.layer.in_features}) or ({len(losses)}, positions, {self.layer.in_features}): "
-                "the samples first. Pass another layer as output_layer."
-            )
-        if not losses.requires_grad:
+        self._find_sample_dim(losses)
+        grads = None
+        if losses.requires_grad:
+            (grads,) = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)
+        if grads is None:
             raise ValueError(
                 "The per-sample losses do not depend on the output layer's output. Check loss_fn (it must not detach) "
                 "and output_layer."
             )
-        (grads,) = torch.autograd.grad(losses.sum(), leaf)
-        return inputs, grads
+        assert self.sample_dim is not None
+        return inputs.movedim(self.sample_dim, 0), grads.movedim(self.sample_dim, 0)
+
+    def _find_sample_dim(self, losses: torch.Tensor) -> None:
+        leaf, inputs = self.leaf, self._inputs
+        assert inputs is not None
+        m, d = len(losses), self.layer.in_features
+
+        def grads_of(sample: int) -> torch.Tensor:
+            (grads,) = torch.autograd.grad(losses[sample], leaf, retain_graph=True, allow_unused=True)
+            return torch.zeros_like(leaf) if grads is None else grads
+
+        if self.sample_dim is None:
+            self.sample_dim = sample_dim(tuple(inputs.shape), m, grads_of if losses.requires_grad else None)
+        if self.sample_dim is None or self.sample_dim >= inputs.dim() - 1 or inputs.shape[self.sample_dim] != m:
+            raise ValueError(
+                f"The output layer ran on inputs of shape {tuple(inputs.shape)} for {m} samples; expected ({m}, {d}), "
+                f"({m}, positions, {d}) or (positions, {m}, {d}), in the same order for all batches. Pass another "
+                "layer as output_layer."
+            )

@@ -8,8 +8,11 @@ import torch
 from composer.core import Precision, State
 from composer.utils import dist
 
+from composer_gradmatch.batches import copy_batch, map_tensors
 from composer_gradmatch.losses import LossFn
-from composer_gradmatch.selection_pass import no_trace, unwrap
+from composer_gradmatch.sample_checks import Rows, check_independence, normalised_by_running_statistics
+from composer_gradmatch.schedule import Clock
+from composer_gradmatch.selection_pass import scale_inputs, unwrap
 from composer_gradmatch.subset_backprop import Selection, WholeBatch
 from composer_gradmatch.two_pass_backprop import TwoPassBackprop
 
@@ -87,6 +90,8 @@ class LossBackprop(TwoPassBackprop):
             ``None`` for the training step's. Default: ``None``.
         reuse_activations (bool, optional): Whether to make one forward pass instead of two; see
             :class:`.TwoPassBackprop`. Default: ``False``.
+        clock (str, optional): ``"batch"`` counts batches within an epoch, too, for ``start`` and ``end``; see
+            :class:`.SubsetBackprop`. Default: ``"duration"``.
 
     Raises:
         ValueError: If a value is out of range.
@@ -115,6 +120,7 @@ class LossBackprop(TwoPassBackprop):
         selection_microbatch_size: int | str | None = None,
         selection_precision: str | Precision | None = None,
         reuse_activations: bool = False,
+        clock: Clock = "duration",
     ) -> None:
         super().__init__(
             start,
@@ -128,6 +134,7 @@ class LossBackprop(TwoPassBackprop):
             selection_microbatch_size,
             selection_precision,
             reuse_activations,
+            clock,
         )
         if beta is not None and not 0 <= beta < float("inf"):
             raise ValueError(f"beta must be a number >= 0 (0 draws uniformly) or None for 1/keep - 1; got {beta}.")
@@ -137,6 +144,9 @@ class LossBackprop(TwoPassBackprop):
             )
         self.beta = 1 / keep - 1 if beta is None else beta
         self.history = history
+
+    def _reset(self) -> None:
+        super()._reset()
         self._recent = torch.empty(0, dtype=torch.float64)
 
     def state_dict(self) -> dict[str, Any]:
@@ -155,13 +165,46 @@ class LossBackprop(TwoPassBackprop):
 
     @torch.no_grad()
     def _losses(self, state: State, num_samples: int) -> torch.Tensor:
-        with no_trace(unwrap(state.model)):
+        with self._no_trace(state):
             losses = self._in_microbatches(state, num_samples, lambda batch, n: self._forward(state, batch, n)[1])
         return torch.cat(losses).detach().to("cpu", torch.float64)
 
-    def _rehearse(self, state: State, num_samples: int, num_picks: int) -> None:
-        super()._rehearse(state, num_samples, num_picks)
+    def _look(self, state: State, num_samples: int, num_picks: int) -> None:
         self._losses(state, num_samples)
+
+    def _rows_of(self, state: State, batch: Any, num_samples: int) -> Rows:
+
+        @torch.no_grad()
+        def rows(samples: torch.Tensor) -> dict[str, torch.Tensor]:
+            with self._no_trace(state), normalised_by_running_statistics(unwrap(state.model)):
+                _, losses = self._forward(state, self._take(batch, samples, num_samples), num_samples)
+            return {"the losses": losses}
+
+        return rows
+
+    def _shows_rows(self, state: State, batch: Any, num_samples: int) -> bool:
+        """Also warns if samples' losses depend on each other; then their rows show nothing."""
+        model, leaves = unwrap(state.model), []
+
+        def leaf_of(output: torch.Tensor) -> torch.Tensor:
+            if not output.is_floating_point() or not output.dim() or len(output) != num_samples:
+                return output
+            leaves.append(output.detach().requires_grad_())
+            return leaves[-1].clone()  # Which the loss may change in place.
+
+        with self._no_trace(state):
+            with torch.no_grad(), self._precision(state):
+                batch = scale_inputs(copy_batch(batch), self.input_key, self.scale_factor)
+                outputs = self._outputs_of(model, batch)
+            with torch.enable_grad(), self._precision(state):
+                losses = self._losses_of(model, map_tensors(leaf_of, outputs), batch, num_samples)
+            mixed = losses.requires_grad and any(check_independence(losses, leaf) is not None for leaf in leaves)
+        if mixed:
+            self._warn_once(
+                "the loss of a sample depends on the other samples' outputs (as contrastive losses do): samples are "
+                "ranked by their losses in the whole minibatch, and trained by those among the picks alone."
+            )
+        return not mixed
 
     def _select(self, state: State, num_samples: int, num_picks: int) -> Selection | WholeBatch:
         once = self._once(state, num_samples, lambda _, losses: losses.detach().to("cpu", torch.float64))

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from composer_gradmatch.batches import tensor_leaves
 from composer_gradmatch.huggingface_losses import check_labels, huggingface_losses, is_huggingface
+from composer_gradmatch.loss_scale import LossScale, gradients_at, is_low
 
 __all__ = [
     "LossFn",
     "check_batch",
     "check_losses",
-    "check_unit_weights",
+    "check_objective",
+    "differentiable_outputs",
     "per_sample_losses",
     "takes_loss_from_logits",
     "weighted_loss",
@@ -118,55 +121,75 @@ def per_sample_losses(
     return losses.flatten(1).sum(1) if losses.dim() > 1 else losses
 
 
-def weighted_loss(losses: torch.Tensor, weights: torch.Tensor, own_loss: torch.Tensor) -> torch.Tensor:
-    """Weighs the samples' losses, scaled such that with unit weights it is the model's own loss.
+def differentiable_outputs(outputs: Any) -> list[torch.Tensor]:
+    """Finds the tensors of a model's outputs that samples' losses can be traced back to.
 
-    That is Σᵢwᵢℓᵢ/Z, with Z what the model's own reduction divides the sum of the losses by: the number of
-    samples for a mean, the number of labelled positions or the sum of class weights for other losses.
+    Args:
+        outputs (Any): What a forward pass returned; of a HuggingFace model, only its logits are looked at.
+
+    Returns:
+        list[torch.Tensor]: Those with a graph and a row for each sample.
+    """
+    if isinstance(outputs, Mapping) and isinstance(outputs.get("logits"), torch.Tensor):
+        outputs = outputs["logits"]
+    return [leaf for leaf in tensor_leaves(outputs) if leaf.requires_grad and leaf.dim()]
+
+
+def weighted_loss(
+    losses: torch.Tensor, weights: torch.Tensor, own_loss: torch.Tensor, scale: torch.Tensor | float
+) -> torch.Tensor:
+    """Weighs the samples' part of a model's own loss, and leaves its other terms as they are.
+
+    With L = (1/Z)·Σᵢℓᵢ + R, that is L + (1/Z)·Σᵢ(wᵢ − 1)ℓᵢ = (1/Z)·Σᵢwᵢℓᵢ + R: the model's own loss where all weights
+    are one.
 
     Args:
         losses (torch.Tensor): ℓ, shape (n,), with their graph.
         weights (torch.Tensor): w, shape (n,).
-        own_loss (torch.Tensor): The model's own, unweighted loss of the same samples, one number.
+        own_loss (torch.Tensor): L, the model's own, unweighted loss of the same samples, with its graph.
+        scale (torch.Tensor | float): 1/Z, as :class:`.LossScale` reads it.
 
     Returns:
         torch.Tensor: The weighted loss, a scalar.
     """
-    total = losses.detach().sum()
-    # Losses that are all zero say nothing about Z; the mean is the commonest reduction.
-    scale = torch.where(total == 0, 1 / len(losses), own_loss.detach().mean() / total)
-    return (weights.to(losses) * losses).sum() * scale
+    more = (weights.to(losses) - 1) * losses
+    return own_loss.mean() + (more.sum() * scale).to(own_loss.dtype)
 
 
-def check_unit_weights(losses: torch.Tensor, own_loss: Any, leaf: torch.Tensor) -> None:
-    """Checks that with unit weights the gradient of the weighted loss is that of the model's own loss.
+def check_objective(losses: torch.Tensor, own_loss: Any, leaf: torch.Tensor, scale: LossScale) -> None:
+    """Checks that at the output layer the gradient of the model's own loss is a multiple of that of its samples'.
 
     Args:
         losses (torch.Tensor): The samples' losses, shape (M,), with their graph from ``leaf``.
         own_loss (torch.Tensor): The model's own loss of the same samples, with its graph from ``leaf``.
         leaf (torch.Tensor): The output layer's output.
+        scale (LossScale): Learns the multiple.
 
     Raises:
         TypeError: If the model's own loss is not one tensor.
-        ValueError: If the gradients differ.
+        ValueError: If the gradients are no multiples of one another.
     """
     if not isinstance(own_loss, torch.Tensor):
         raise TypeError(
             f"The model's loss must be one tensor for its samples to be weighted, got {type(own_loss).__name__}. "
             "Return the total as a tensor and log the parts as metrics."
         )
-    unit = weighted_loss(losses, torch.ones_like(losses), own_loss)
-    (own_grad,) = torch.autograd.grad(own_loss.mean(), leaf, retain_graph=True)
-    (unit_grad,) = torch.autograd.grad(unit, leaf, retain_graph=True)
-    if not (own_grad.isfinite().all() and unit_grad.isfinite().all()):
-        return  # Says nothing about the functions; such a batch is trained whole.
-    tolerance = 1e-4 if leaf.dtype in (torch.float32, torch.float64) else 1e-2
-    wide = torch.promote_types(own_grad.dtype, torch.float32)
-    norm, error = own_grad.norm(dtype=wide), (own_grad - unit_grad).norm(dtype=wide)
-    if error > tolerance * norm:
+    found = gradients_at([leaf], losses, own_loss.mean())
+    if found is None:
         raise ValueError(
-            "The per-sample losses do not add up to the model's own loss: with all weights one, the gradient at the "
-            f"output layer is off by {error / norm:.2g} of its norm, so selection would train "
-            "on another objective. Check that loss_fn (or loss(..., reduction='none')) is the model's loss before "
-            "reduction, with the same terms."
+            "The model's own loss does not depend on the output layer's output. Check that its forward pass or its "
+            "loss does not detach it, or pass another output_layer."
+        )
+    each, own = found[0][0], found[1][0]
+    if not (own.isfinite().all() and each.isfinite().all()):
+        return  # Says nothing about the functions; such a batch is trained whole.
+    factor = float(scale.read(losses, own_loss.mean(), [leaf], trusted=True))
+    wide = torch.promote_types(own.dtype, torch.float32)
+    norm, error = own.norm(dtype=wide), (own.to(wide) - factor * each.to(wide)).norm()
+    if error > (2e-2 if is_low(leaf) else 2e-4) * norm:
+        raise ValueError(
+            "The per-sample losses do not add up to the model's own loss: no multiple of the gradient of their sum is "
+            f"the model's own at the output layer; the nearest is off by {error / norm:.2g} of its norm, so selection "
+            "would train on another objective. Check that loss_fn (or loss(..., reduction='none')) is the model's loss "
+            "before reduction, with the same terms."
         )

@@ -17,7 +17,7 @@ import torch
 
 from composer_gradmatch.solvers.nonnegative import solve_nonnegative
 from composer_gradmatch.solvers.on_device import fixed_omp
-from composer_gradmatch.solvers.problem import Problem
+from composer_gradmatch.solvers.problem import Precision, Problem, cancels
 from composer_gradmatch.solvers.pursuit import solve_omp
 from composer_gradmatch.solvers.scikit_learn import solve_sklearn
 from composer_gradmatch.solvers.swap import solve_swap
@@ -68,10 +68,14 @@ def gram_omp(
     - ``"sklearn"``: :func:`sklearn.linear_model.orthogonal_mp_gram`, which the paper's experiments used: it picks the
       α of largest magnitude, so that weights can come out negative.
 
-    All of the solvers' tolerances are relative, so scaling the problem scales nothing but its own numbers.
+    All of the solvers' tolerances are relative, so scaling the problem scales nothing but its own numbers. They are
+    those of the coarser dtype of ``gram`` and ``target``: in float32 and below, what rounding hides is not picked.
 
     Args:
-        gram (np.ndarray | torch.Tensor): K, shape (M, M), symmetric positive semi-definite. Not modified.
+        gram (np.ndarray | torch.Tensor): K, shape (M, M), symmetric positive semi-definite. Not modified. Its dtype
+            says how exact it is, and so which samples count as linearly dependent: pass float32 as float32. A matrix
+            that was computed in float32 and cast to float64 cannot be told from an exact one; its rounding error
+            then passes for independent gradients where ``k`` is above their rank, in weights without meaning.
         target (np.ndarray | torch.Tensor): t, shape (M,). Not modified.
         k (int): The largest number of picks, 1 ≤ k ≤ M.
         solver (str, optional): ``"omp"``, ``"nonnegative"``, ``"swap"`` or ``"sklearn"``. Default: ``"omp"``.
@@ -95,13 +99,15 @@ def gram_omp(
     if isinstance(gram, torch.Tensor) and isinstance(target, torch.Tensor):
         if gram.is_cuda and solver == "omp" and tolerance == 0:
             return _solve_on_device(gram, target, k, ridge)
-        indices, weights = _solve(_host(gram), _host(target), k, solver, ridge, tolerance, norm_squared)
+        precision = _precision(gram, target)
+        indices, weights = _solve(_host(gram), _host(target), k, solver, ridge, tolerance, norm_squared, precision)
         return (
             torch.from_numpy(indices).to(gram.device),
             torch.from_numpy(weights).to(gram.device, gram.dtype if gram.is_floating_point() else torch.float64),
         )
     if isinstance(gram, np.ndarray) and isinstance(target, np.ndarray):
-        indices, weights = _solve(gram, target, k, solver, ridge, tolerance, norm_squared)
+        precision = _precision(gram, target)
+        indices, weights = _solve(gram, target, k, solver, ridge, tolerance, norm_squared, precision)
         return indices, weights.astype(gram.dtype if np.issubdtype(gram.dtype, np.floating) else np.float64)
     raise TypeError(
         "gram and target must both be numpy arrays or both be torch tensors, "
@@ -128,6 +134,17 @@ def check_solver(solver: str, ridge: float, tolerance: float) -> None:
         raise ValueError(f"tolerance must be in [0, 1), a share of the squared norm to match; got {tolerance!r}.")
 
 
+def _precision(*arrays: np.ndarray | torch.Tensor) -> Precision:
+    """How exact arrays are by their dtypes; integers are."""
+    return Precision.of(
+        *(
+            torch.finfo(array.dtype) if isinstance(array, torch.Tensor) else np.finfo(array.dtype)
+            for array in arrays
+            if (array.is_floating_point() if isinstance(array, torch.Tensor) else array.dtype.kind == "f")
+        )
+    )
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
@@ -150,14 +167,19 @@ def _solve_on_device(
     check_solver("omp", ridge, 0.0)
     if not (gram.isfinite().all() and target.isfinite().all()):
         raise ValueError(_NOT_FINITE)
-    indices, weights = fixed_omp(gram.double(), target.double(), int(k), float(ridge))
-    n = int((weights != 0).cumsum(0).argmax()) + 1 if weights.any() else 0  # Past the last one, pursuit has stopped.
+    precision = _precision(gram, target)
+    wide, wide_target = gram.double(), target.double()
+    indices, weights = fixed_omp(wide, wide_target, int(k), float(ridge), precision)
+    n = 0
+    if weights.any() and not cancels(wide, wide_target, precision):
+        n = int((weights != 0).cumsum(0).argmax()) + 1  # Past the last one, pursuit has stopped.
     return indices[:n], weights[:n].to(gram.dtype if gram.is_floating_point() else torch.float64)
 
 
 def _host(tensor: torch.Tensor) -> np.ndarray:
     tensor = tensor.detach().cpu()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    known = tensor.dtype in (torch.float64, torch.float32, torch.float16)
+    return (tensor.float() if tensor.is_floating_point() and not known else tensor).numpy()
 
 
 def _solve(
@@ -168,6 +190,7 @@ def _solve(
     ridge: float,
     tolerance: float,
     norm_squared: float | None,
+    precision: Precision,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Validates the arrays and hands them to a solver."""
     _check_sizes(tuple(gram.shape), tuple(target.shape), k)
@@ -186,8 +209,10 @@ def _solve(
     if tolerance > 0:
         # The mean of row means that cancel can come out below zero; there is nothing to match, then.
         enough = (1 - tolerance) * (max(0.0, float(target.mean())) if norm_squared is None else norm_squared)
+    if cancels(gram, target, precision):
+        return np.empty(0, dtype=np.int64), np.empty(0)
     rows = gram if gram.flags.c_contiguous else gram.T  # K is symmetric: of the two the one with its rows in memory.
-    return _solver(solver)(Problem(rows, target, int(k), penalty, enough))
+    return _solver(solver)(Problem(rows, target, int(k), penalty, enough, precision))
 
 
 @cache

@@ -22,7 +22,7 @@ def select_first(algorithms: Sequence[Algorithm], event: Event) -> Sequence[Algo
 
     On BEFORE_FORWARD and AFTER_LOSS, too, the selecting algorithms run first: they look up the weights of the
     samples before a ``MixUp`` changes them, and weigh the loss before a ``LabelSmoothing`` puts the labels back
-    that the loss was computed without.
+    that the loss was computed without. On BEFORE_LOSS they run last, and see the batch that the loss is given.
 
     Args:
         algorithms (Sequence[Algorithm]): The algorithms that run on the event, in order.
@@ -35,11 +35,11 @@ def select_first(algorithms: Sequence[Algorithm], event: Event) -> Sequence[Algo
         for algorithm in algorithms:
             if isinstance(algorithm, SubsetBackprop):
                 algorithm.ordered_first = True
-    if event not in (Event.AFTER_DATALOADER, Event.BEFORE_FORWARD, Event.AFTER_LOSS):
+    if event not in (Event.AFTER_DATALOADER, Event.BEFORE_FORWARD, Event.BEFORE_LOSS, Event.AFTER_LOSS):
         return algorithms
-    return sorted(
-        algorithms,
-        key=lambda algorithm: (
-            not (isinstance(algorithm, SelectiveBackprop) or getattr(algorithm, "selects_samples", False))
-        ),
-    )
+    others_first = event == Event.BEFORE_LOSS
+    return sorted(algorithms, key=lambda algorithm: _selects(algorithm) == others_first)
+
+
+def _selects(algorithm: Algorithm) -> bool:
+    return isinstance(algorithm, SelectiveBackprop) or getattr(algorithm, "selects_samples", False)

@@ -93,6 +93,17 @@ class RowRecord:
         num_rows = max(lengths, key=lengths.count) if lengths else 0
         return RowRecord.of(batch, int(num_rows or 0), leaves)
 
+    def names_left_whole(self, microbatch: Any) -> set[str]:
+        """The names of tensors that are whole in a microbatch in which others are split: they are not per sample.
+
+        Args:
+            microbatch (Any): A part of the recorded batch, as its ``DataSpec`` has split it.
+        """
+        leaves = _leaves(microbatch, self.leaves)
+        whole = {name for name, leaf in leaves.items() if is_array(leaf) and leaf is self.leaves[name]}
+        split = any((n := length(leaf)) is not None and n < self.num_rows for leaf in leaves.values())
+        return whole if split else set()
+
     def rows_now(self, batch: Any) -> torch.Tensor:
         """Which recorded row each row of the batch is, after other algorithms may have changed it.
 

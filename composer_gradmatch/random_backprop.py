@@ -38,6 +38,8 @@ class RandomBackprop(SubsetBackprop):
             Default: ``0``.
         target_key (str | int | tuple[Callable, Callable] | Any, optional): Where a batch has its targets.
             Default: ``1``.
+        clock (str, optional): ``"batch"`` counts batches within an epoch, too, for ``start`` and ``end``; see
+            :class:`.SubsetBackprop`. Default: ``"duration"``.
 
     Raises:
         ValueError: If a value is out of range.

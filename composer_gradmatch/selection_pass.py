@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,16 +18,20 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from composer_gradmatch.batches import copy_structure, get_item
+from composer_gradmatch.traces import ModelTraces
 
 __all__ = [
     "Generators",
+    "Moment",
+    "back_at",
     "check_scale_factor",
+    "is_sharded",
     "largest_on_all_ranks",
     "needs_all_ranks",
     "no_trace",
     "precision_context",
     "scale_inputs",
-    "snapshot_buffers",
+    "sum_on_all_ranks",
     "unwrap",
 ]
 
@@ -35,21 +39,27 @@ _INTERPOLATION = {3: "linear", 4: "bilinear", 5: "trilinear"}
 
 
 @contextmanager
-def no_trace(model: nn.Module) -> Iterator[None]:
-    """Puts buffers and random number generators back as they were, bit for bit, when the context closes.
+def no_trace(model: nn.Module, parameters: Sequence[nn.Parameter] = ()) -> Iterator[ModelTraces]:
+    """Puts a model and the random number generators back as they were, bit for bit, when the context closes.
 
-    Forward passes in training mode update BatchNorm's running statistics and draw dropout masks; a pass that
-    only selects must not: see :func:`snapshot`.
+    Forward passes in training mode update BatchNorm's statistics, draw dropout masks, count their calls; a pass that
+    only selects must not. Of FSDP's modules only the buffers: their attributes are FSDP's business.
 
     Args:
         model (nn.Module): The model that runs inside the context.
+        parameters (Sequence[nn.Parameter], optional): Its parameters that forward changes, which are put back, too.
+            Default: ``()``.
+
+    Yields:
+        ModelTraces: What is put back, which tells of other parameters that were changed.
     """
-    restore_buffers, generators = snapshot_buffers(model), Generators.now()
+    generators = Generators.now()
+    traces = ModelTraces(model, attributes=not is_sharded(model), contents_of=parameters)
     try:
-        yield
+        yield traces
     finally:
         generators.restore()
-        restore_buffers()
+        traces.restore()
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,32 +105,57 @@ class Generators:
         )
 
 
-def snapshot_buffers(model: nn.Module) -> Callable[[], None]:
-    """Remembers a model's buffers, and returns what puts them back, as often as it is called.
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """A model's buffers and attributes, and the random number generators, at one moment."""
+
+    traces: ModelTraces
+    generators: Generators
+
+    @classmethod
+    def now(cls, model: nn.Module) -> Moment:
+        """As they are."""
+        return cls(ModelTraces(model), Generators.now())
+
+    def is_now(self) -> bool:
+        """Whether nothing has changed since."""
+        return self.generators.is_now() and not self.traces.changed()
+
+    def restore(self) -> None:
+        """Puts back what has changed; graphs that have saved what has not stay valid."""
+        self.generators.restore()
+        self.traces.restore(only_changed=True)
+
+
+@contextmanager
+def back_at(model: nn.Module, moment: Moment | None) -> Iterator[None]:
+    """Lets what runs in the context run as at an earlier moment, and goes back to the present.
 
     Args:
-        model (nn.Module): The model; of its buffers, their contents and which tensors they are.
+        model (nn.Module): The model.
+        moment (Moment, optional): The moment; None where nothing has changed since.
     """
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-
-    def restore() -> None:
-        with torch.no_grad():
-            # All of them: batch_norm changes its buffers without telling their version counters.
-            for module, name, buffer, content in buffers:
-                module._buffers[name] = buffer
-                buffer.copy_(content)
-
-    return restore
+    if moment is None:
+        yield
+        return
+    present = Moment.now(model)
+    moment.restore()
+    try:
+        yield
+    finally:
+        present.restore()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside ``DistributedDataParallel``, whose own work a selection pass does not need."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP has spread a model's parameters over the ranks."""
+    if not torch.distributed.is_initialized():
+        return False
+    return any(isinstance(module, FullyShardedDataParallel | FSDPModule) for module in model.modules())
 
 
 def needs_all_ranks(model: nn.Module) -> bool:
@@ -133,6 +168,13 @@ def largest_on_all_ranks(number: int, device: Device) -> int:
     """The largest of the ranks' numbers."""
     value = device.tensor_to_device(torch.tensor([number]))
     dist.all_reduce(value, reduce_operation="MAX")
+    return int(value.item())
+
+
+def sum_on_all_ranks(number: int, device: Device) -> int:
+    """The sum of the ranks' numbers."""
+    value = device.tensor_to_device(torch.tensor([number]))
+    dist.all_reduce(value, reduce_operation="SUM")
     return int(value.item())
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import typing
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,97 +23,16 @@ from composer_gradmatch.builders import (
     build_entries,
     build_loader,
     build_named,
-    check_entries,
-    check_loader,
-    check_section,
+    try_parts,
 )
-from composer_gradmatch.config import ConfigError, load_config, matches, nearest, show_type
+from composer_gradmatch.config import ConfigError, load_config
 from composer_gradmatch.passes import select_first
+from composer_gradmatch.refusals import refusing
 from composer_gradmatch.run_summary import RunSummary
+from composer_gradmatch.schema import TRAINER_KEYS, check_config
+from composer_gradmatch.setting_up import BatchesBegun, check_samples, setting_up
 
 __all__ = ["build_trainer", "check_config", "main", "train"]
-
-#: Keyword arguments of Composer's Trainer that a config may hold, as they are.
-_TRAINER_KEYS = (
-    "accumulate_train_batch_on_tokens",
-    "autoresume",
-    "compile_config",
-    "console_log_interval",
-    "ddp_sync_strategy",
-    "deterministic_mode",
-    "device",
-    "device_train_microbatch_size",
-    "dist_timeout",
-    "eval_interval",
-    "eval_subset_num_batches",
-    "load_exclude_algorithms",
-    "load_ignore_keys",
-    "load_path",
-    "load_strict_model_weights",
-    "load_weights_only",
-    "log_to_console",
-    "max_duration",
-    "parallelism_config",
-    "precision",
-    "precision_config",
-    "progress_bar",
-    "python_log_level",
-    "run_name",
-    "save_filename",
-    "save_interval",
-    "save_num_checkpoints_to_keep",
-    "save_overwrite",
-    "save_weights_only",
-    "scale_schedule_ratio",
-    "seed",
-    "step_schedulers_every_batch",
-    "train_subset_num_batches",
-)
-_OWN_TYPES: dict[str, Any] = {
-    "global_train_batch_size": int,
-    "device_eval_batch_size": int,
-    "variables": dict,
-    "save_folder": str | None,
-}
-_SECTIONS = ("model", "train_loader", "eval_loader", "optimizer", "scheduler", "algorithms", "callbacks", "loggers")
-_REQUIRED = ("model", "train_loader", "optimizer", "max_duration", "global_train_batch_size")
-
-
-def check_config(config: dict[str, Any]) -> None:
-    """Checks every key, name, argument and type of a config before anything is built.
-
-    Args:
-        config (dict[str, Any]): As :func:`.load_config` returns it.
-
-    Raises:
-        ConfigError: With all problems, one a line.
-    """
-    problems = [f"{key}: missing." for key in _REQUIRED if not config.get(key)]
-    hints = typing.get_type_hints(Trainer.__init__)
-    types = {**{key: hints[key] for key in _TRAINER_KEYS}, **_OWN_TYPES}
-    for key, value in config.items():
-        if key in _SECTIONS:
-            continue
-        if key not in types:
-            problems.append(f"{key}: unknown key; {nearest(key, [*types, *_SECTIONS])}")
-        elif not (matches(value, types[key]) or (key == "save_folder" and value is False)):
-            problems.append(f"{key}: got {value!r} ({type(value).__name__}), expected {show_type(types[key])}.")
-    for key in ("global_train_batch_size", "device_eval_batch_size"):
-        if isinstance(config.get(key), int) and config[key] < 1:
-            problems.append(f"{key}: expected at least 1, got {config[key]}.")
-    if config.get("model"):
-        problems += check_section("model", "model", config["model"])
-    if config.get("optimizer"):
-        problems += check_section("optimizer", "optimizer", config["optimizer"], supplied=("params",))
-    if config.get("scheduler"):
-        problems += check_section("scheduler", "scheduler", config["scheduler"])
-    for key in ("train_loader", "eval_loader"):
-        if config.get(key):
-            problems += check_loader(key, config[key])
-    for kind in ("algorithm", "callback", "logger"):
-        problems += check_entries(kind, f"{kind}s", config.get(f"{kind}s"))
-    if problems:
-        raise ConfigError("\n".join(problems))
 
 
 def _run_folder(config: dict[str, Any], run_name: str) -> Path | None:
@@ -124,7 +42,10 @@ def _run_folder(config: dict[str, Any], run_name: str) -> Path | None:
 
 def _prepare_run_folder(config: dict[str, Any], folder: Path) -> None:
     """Makes a run's folder; refuses one that holds another run."""
-    taken = folder.is_dir() and any(path.name == "config.yaml" or path.suffix == ".pt" for path in folder.iterdir())
+    try:
+        taken = folder.is_dir() and any(path.name == "config.yaml" or path.suffix == ".pt" for path in folder.iterdir())
+    except OSError as error:
+        raise ConfigError(f"save_folder: cannot look into {folder}: {error}.") from error
     if taken and not (config.get("autoresume") or config.get("save_overwrite")):
         raise ConfigError(
             f"save_folder: {folder} already holds a run. Choose another run_name=..., continue it with "
@@ -132,7 +53,17 @@ def _prepare_run_folder(config: dict[str, Any], folder: Path) -> None:
         )
     dist.barrier()
     if dist.get_global_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"save_folder: cannot make the folder {folder}: {error}.") from error
+
+
+def _free_run_folder(config: dict[str, Any], run_name: str) -> None:
+    """Leaves the folder of a run that was refused on its first batch to the next, unless it has a checkpoint."""
+    folder = _run_folder(config, run_name)
+    if folder is not None and dist.get_global_rank() == 0 and not list(folder.glob("*.pt")):
+        (folder / "config.yaml").unlink(missing_ok=True)
 
 
 def _with_log_file(loggers: dict[str, Any] | None, folder: Path | None) -> dict[str, Any]:
@@ -167,7 +98,9 @@ def build_trainer(config: dict[str, Any], summary: RunSummary | None = None) -> 
     """
     check_config(config)
     algorithms = build_algorithms(config.get("algorithms"))
-    device = get_device(config.get("device"))
+    try_parts(config)
+    with refusing("device"):
+        device = get_device(config.get("device"))
     dist.initialize_dist(device, config.get("dist_timeout", 300.0))
     seed = config.get("seed")
     seed = reproducibility.get_random_seed() if seed is None else seed
@@ -187,6 +120,7 @@ def build_trainer(config: dict[str, Any], summary: RunSummary | None = None) -> 
         eval_batch_size = config.get("device_eval_batch_size", batch_size)
         eval_loader = build_loader(config["eval_loader"], eval_batch_size, "eval_loader")
     model = build_named("model", config["model"])
+    check_samples(config, model, train_loader, eval_loader)
     optimizer = build_named("optimizer", config["optimizer"], model.parameters())
     scheduler = build_named("scheduler", config["scheduler"]) if config.get("scheduler") else None
 
@@ -199,24 +133,29 @@ def build_trainer(config: dict[str, Any], summary: RunSummary | None = None) -> 
         "device_train_microbatch_size": batch_size,
         **({} if eval_loader is None else {"eval_interval": "1ep"}),
         "precision": "fp32",
-        **{key: config[key] for key in _TRAINER_KEYS if key in config},
+        **{key: config[key] for key in TRAINER_KEYS if key in config},
         "run_name": run_name,
         "seed": seed,
         "device": device,
     }
-    trainer = Trainer(
-        model=model,
-        train_dataloader=train_loader,
-        eval_dataloader=eval_loader,
-        optimizers=optimizer,
-        schedulers=scheduler,
-        algorithms=algorithms,
-        algorithm_passes=[select_first],
-        callbacks=build_entries("callback", config.get("callbacks")),
-        loggers=[*loggers, *([] if summary is None else [summary])],
-        save_folder=None if folder is None else str(folder),
-        **arguments,
-    )
+    if "save_filename" in arguments:
+        # Composer's checkpoint names know no {run_name}, though its documentation has one in them.
+        arguments["save_filename"] = arguments["save_filename"].replace("{run_name}", run_name)
+    callbacks = build_entries("callback", config.get("callbacks"))
+    with setting_up(config, "the Trainer refused the config"):
+        trainer = Trainer(
+            model=model,
+            train_dataloader=train_loader,
+            eval_dataloader=eval_loader,
+            optimizers=optimizer,
+            schedulers=scheduler,
+            algorithms=algorithms,
+            algorithm_passes=[select_first],
+            callbacks=callbacks,
+            loggers=[*loggers, *([] if summary is None else [summary])],
+            save_folder=None if folder is None else str(folder),
+            **arguments,
+        )
     # Only now: what could not be built holds no run, and may be tried again.
     if folder is not None and dist.get_global_rank() == 0:
         resolved = {**config, "run_name": run_name, "seed": seed}
@@ -246,9 +185,15 @@ def train(config: dict[str, Any]) -> Trainer:
     warnings.filterwarnings("ignore", "Cannot split tensor of length", UserWarning)
     summary = RunSummary()
     trainer = build_trainer(config, summary)
+    begun = BatchesBegun()
+    trainer.state.callbacks.append(begun)
     try:
-        trainer.fit()
+        with setting_up(config, "the run failed on its first batch", begun):
+            trainer.fit()
         table = summary.table(trainer.state)
+    except ConfigError:
+        _free_run_folder(config, trainer.state.run_name)
+        raise
     finally:
         trainer.close()
     if dist.get_global_rank() == 0:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import AbstractContextManager
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -13,19 +14,38 @@ from composer.core import Event, Precision, State, get_precision_context
 from composer.loggers import Logger
 from torch import nn
 
-from composer_gradmatch.batches import describe_targets, take_samples
-from composer_gradmatch.losses import LossFn, check_batch, check_losses, per_sample_losses, weighted_loss
+from composer_gradmatch.batches import copy_batch, count_samples, describe_targets, take_samples
+from composer_gradmatch.given_batch import GivenBatch
+from composer_gradmatch.huggingface_losses import huggingface_losses
+from composer_gradmatch.loss_scale import LossScale
+from composer_gradmatch.losses import (
+    LossFn,
+    check_batch,
+    check_losses,
+    differentiable_outputs,
+    per_sample_losses,
+    takes_loss_from_logits,
+    weighted_loss,
+)
 from composer_gradmatch.reuse.unsupported import UndecidedError, UnsupportedError
+from composer_gradmatch.sample_checks import Rows, check_rows
+from composer_gradmatch.schedule import Clock
 from composer_gradmatch.selection_pass import (
+    Generators,
+    Moment,
+    back_at,
     check_scale_factor,
+    is_sharded,
     largest_on_all_ranks,
     needs_all_ranks,
+    no_trace,
     precision_context,
     scale_inputs,
     unwrap,
 )
 from composer_gradmatch.spans import span
 from composer_gradmatch.subset_backprop import Selection, SubsetBackprop
+from composer_gradmatch.traces import ParameterContents
 
 if TYPE_CHECKING:
     from composer_gradmatch.reuse.single_pass import SinglePass
@@ -68,6 +88,7 @@ class TwoPassBackprop(SubsetBackprop):
             Costs the memory of M samples' activations; verified whenever the model is captured and at steps 100,
             1000, 10,000, and where it cannot be, or the gradients differ, two passes are made, with a warning.
             Default: ``False``.
+        clock (str, optional): See :class:`.SubsetBackprop`. Default: ``"duration"``.
 
     Raises:
         ValueError: If a value is out of range, or ``reuse_activations`` goes with a selection pass of its own.
@@ -88,8 +109,9 @@ class TwoPassBackprop(SubsetBackprop):
         selection_microbatch_size: int | str | None = None,
         selection_precision: str | Precision | None = None,
         reuse_activations: bool = False,
+        clock: Clock = "duration",
     ) -> None:
-        super().__init__(start, end, keep, interrupt, input_key, target_key)
+        super().__init__(start, end, keep, interrupt, input_key, target_key, clock)
         check_scale_factor(scale_factor)
         if loss_fn is not None and not callable(loss_fn):
             raise TypeError(f"loss_fn must be a function of (outputs, batch), got {type(loss_fn).__name__}.")
@@ -120,9 +142,24 @@ class TwoPassBackprop(SubsetBackprop):
                 "minibatch: leave scale_factor, selection_microbatch_size and selection_precision at their defaults."
             )
         self.reuse_activations = reuse_activations
-        self._fitting_size: int | None = None
         self._single_pass: SinglePass | None = None
         self._makes_two_passes = not reuse_activations
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._fitting_size: int | None = None
+
+    def _reset_fit(self) -> None:
+        super()._reset_fit()
+        #: Parameters that a forward pass changes, and the number of passes that were made.
+        self._changing: list[nn.Parameter] = []
+        self._passes = 0
+        self._put_back: Callable[[], None] | None = None
+        self._scale = LossScale()
+        self._batch_of_loss: GivenBatch | None = None
+        self._moment_of_loss: Moment | None = None
+        #: Whether the model's loss draws random numbers, or changes its buffers or attributes.
+        self._loss_leaves_traces = False
 
     def match(self, event: Event, state: State) -> bool:
         """Whether to run: see :class:`.Algorithm`."""
@@ -135,6 +172,8 @@ class TwoPassBackprop(SubsetBackprop):
         if event == Event.FIT_START:
             if sys.modules.get("composer_gradmatch.reuse.single_pass") is not None:
                 _import_single_pass().release_model(unwrap(state.model))
+            if self._single_pass is not None:
+                self._single_pass.release()
             self._single_pass, self._makes_two_passes = None, not self.reuse_activations
         if event == Event.AFTER_TRAIN_BATCH:
             assert self._single_pass is not None
@@ -170,8 +209,10 @@ class TwoPassBackprop(SubsetBackprop):
                 self._single_pass = make(model, lambda: self._precision(state), self._watched_layer(state))
             with span("selection_forward"):
                 outputs = self._single_pass.forward(state.batch, num_samples)
-            with self._precision(state):
-                losses = self._losses_of(model, outputs, state.batch, num_samples)
+            with self._single_pass.no_trace(), self._precision(state):
+                # Of a copy, since a loss may change its batch in place.
+                batch = copy_batch(state.batch)
+                losses = self._losses_of(model, outputs, batch, num_samples)
             return visit(self._single_pass, losses)
         except UndecidedError as error:
             self._make_two_passes_now(error)
@@ -233,9 +274,92 @@ class TwoPassBackprop(SubsetBackprop):
                 stacklevel=2,
             )
 
-    def _rehearse(self, state: State, num_samples: int, num_picks: int) -> None:
-        """Checks the first batch's labels, too: what they break in a model's forward pass names nothing."""
+    def _check_first_batch(self, state: State) -> None:
+        super()._check_first_batch(state)
         check_batch(unwrap(state.model), state.batch, self.loss_fn)
+
+    def _rehearse(self, state: State, num_samples: int, num_picks: int) -> None:
+        """Makes a selection pass as each step will, sees what it changes, and shows that its rows are the samples."""
+        with self._watched(state):
+            self._look(state, num_samples, num_picks)
+        batch, few = self._few(state)
+        if not self._shows_rows(state, batch, few):
+            return
+        with torch.no_grad(), self._no_trace(state):
+            before = Generators.now()
+            self._forward(state, copy_batch(batch), few)
+            deterministic = before.is_now()
+        check_rows(self._rows_of(state, batch, few), few, deterministic, self._remedy_for_rows)
+
+    def _shows_rows(self, state: State, batch: Any, num_samples: int) -> bool:
+        """Checks the losses of a small batch's samples; returns whether they can show which rows are whose."""
+        return True
+
+    #: What to do where rows are not samples.
+    _remedy_for_rows = (
+        "Selection needs the samples first, in the batch's order, in what the model returns and in its losses. Put "
+        "them there, or use RandomBackprop, which looks at nothing."
+    )
+
+    @abstractmethod
+    def _look(self, state: State, num_samples: int, num_picks: int) -> None:
+        """Makes the selection pass of a step and what follows it, for what may fail."""
+
+    @abstractmethod
+    def _rows_of(self, state: State, batch: Any, num_samples: int) -> Rows:
+        """What selection looks at, of the samples of a small batch with the given numbers."""
+
+    def _few(self, state: State) -> tuple[Any, int]:
+        """Some samples of the batch, for what takes more memory than selection does, and their number."""
+        num_samples = count_samples(state.batch, self.input_key, self.target_key)
+        few = min(self._selection_size(state, num_samples), max(8, self._ghost_batch_size))
+        if needs_all_ranks(unwrap(state.model)):
+            few = -largest_on_all_ranks(-few, state.device)
+        return self._take(state.batch, slice(few), num_samples), few
+
+    def _take(self, batch: Any, indices: torch.Tensor | slice, num_samples: int) -> Any:
+        """A copy of some samples, which a forward pass or a loss may change as it likes."""
+        return copy_batch(take_samples(batch, indices, num_samples, self._not_per_sample))
+
+    @contextmanager
+    def _no_trace(self, state: State) -> Iterator[None]:
+        """Puts the model and the generators back after a selection pass, also the parameters that it is seen to change.
+
+        Each pass is watched for what can be seen for nothing; the 10th, 100th, 1000th, ... as the first one: with all
+        parameters compared.
+        """
+        self._passes += 1
+        thorough = self._passes >= 10 and str(self._passes).strip("0") == "1"
+        with self._watched(state) if thorough else nullcontext():
+            with no_trace(unwrap(state.model), self._changing) as traces:
+                self._put_back = traces.restore
+                yield
+            self._note_changes(traces.changed_parameters(), too_late=self._rehearsed and not thorough)
+
+    @contextmanager
+    def _watched(self, state: State) -> Iterator[None]:
+        """Finds the parameters that a pass changes by their contents, and puts them back."""
+        model = unwrap(state.model)
+        if is_sharded(model):
+            yield
+            return
+        contents = ParameterContents(model.parameters(), on_host=state.device.name == "gpu")
+        try:
+            yield
+        finally:
+            self._note_changes(contents.changed())
+            contents.restore()
+
+    def _note_changes(self, changed: Sequence[nn.Parameter], too_late: bool = False) -> None:
+        """Remembers parameters that a pass changes, to put them back after each from now on."""
+        known = set(map(id, self._changing))
+        new = [each for each in changed if id(each) not in known]
+        self._changing += new
+        if new and too_late:
+            self._warn_once(
+                "a forward pass has begun to change parameters of the model; they are put back after each selection "
+                "pass from now on, but were not after that one."
+            )
 
     def _precision(self, state: State) -> AbstractContextManager[None]:
         """The precision of the selection pass."""
@@ -262,7 +386,11 @@ class TwoPassBackprop(SubsetBackprop):
             size = self._selection_size(state, num_samples)
             try:
                 parts = self._microbatches(state, num_samples, size)
-                visited = [(visit(part, n), counts) for part, n, counts in parts]
+                visited = []
+                for part, n, counts in parts:
+                    if visited and self._put_back is not None:
+                        self._put_back()  # All parts of the minibatch are seen by the same model.
+                    visited.append((visit(part, n), counts))
             except torch.OutOfMemoryError as error:
                 if not automatic or size == 1 or needs_all_ranks(unwrap(state.model)):
                     raise RuntimeError(
@@ -275,8 +403,7 @@ class TwoPassBackprop(SubsetBackprop):
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    @staticmethod
-    def _microbatches(state: State, num_samples: int, size: int) -> Iterator[tuple[Any, int, bool]]:
+    def _microbatches(self, state: State, num_samples: int, size: int) -> Iterator[tuple[Any, int, bool]]:
         """Parts of the batch, their numbers of samples, and whether they count.
 
         As few as ``size`` allows, and as even, for layers that dislike a small rest. Where a forward pass is
@@ -289,25 +416,28 @@ class TwoPassBackprop(SubsetBackprop):
             begin, end = i * num_samples // passes, (i + 1) * num_samples // passes
             counts = begin < end
             rows = slice(begin, end) if counts else slice(0, 1)
-            yield take_samples(state.batch, rows, num_samples), (end - begin) if counts else 1, counts
+            yield self._take(state.batch, rows, num_samples), (end - begin) if counts else 1, counts
 
     def _forward(self, state: State, batch: Any, num_samples: int) -> tuple[Any, torch.Tensor]:
         """The model's outputs on a batch, scaled down, and its samples' losses, in the selection pass's precision."""
         model = unwrap(state.model)
         batch = scale_inputs(batch, self.input_key, self.scale_factor)
         with span("selection_forward"), self._precision(state):
-            try:
-                outputs = model(batch)
-            except RuntimeError as error:
-                if self.scale_factor == 1 or isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error):
-                    raise
-                raise ValueError(
-                    f"The model failed on inputs downsampled by scale_factor={self.scale_factor}: {error}. If it takes "
-                    "one size only, leave scale_factor at 1."
-                ) from error
-            except IndexError as error:
-                raise self._explained(error, batch) from error
+            outputs = self._outputs_of(model, batch)
             return outputs, self._losses_of(model, outputs, batch, num_samples)
+
+    def _outputs_of(self, model: nn.Module, batch: Any) -> Any:
+        try:
+            return model(batch)
+        except RuntimeError as error:
+            if self.scale_factor == 1 or isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error):
+                raise
+            raise ValueError(
+                f"The model failed on inputs downsampled by scale_factor={self.scale_factor}: {error}. If it takes "
+                "one size only, leave scale_factor at 1."
+            ) from error
+        except IndexError as error:
+            raise self._explained(error, batch) from error
 
     def _losses_of(self, model: nn.Module, outputs: Any, batch: Any, num_samples: int) -> torch.Tensor:
         try:
@@ -323,14 +453,47 @@ class TwoPassBackprop(SubsetBackprop):
             "below the size of the vocabulary."
         )
 
+    def _before_loss(self, state: State) -> None:
+        """Keeps what the model's own loss is given, which may change it."""
+        self._batch_of_loss = GivenBatch(state.batch)
+        self._moment_of_loss = Moment.now(unwrap(state.model)) if self._loss_leaves_traces else None
+
     def _after_loss(self, state: State) -> None:
+        """Replaces the loss of a microbatch by its weighted loss; in a rehearsal, for nothing but its errors."""
         assert self._microbatch_weights is not None
-        weights = self._microbatch_weights
-        with get_precision_context(state.precision, state.precision_config):
-            model = unwrap(state.model)
-            losses = per_sample_losses(model, state.outputs, state.batch, len(weights), self.loss_fn)
-            own_loss = cast(torch.Tensor, state.loss)
-            state.loss = weighted_loss(losses, weights, own_loss)
+        assert self._batch_of_loss is not None
+        weights, model = self._microbatch_weights, unwrap(state.model)
+        batch = self._batch_of_loss.again(state.batch)
+        own_loss = cast(torch.Tensor, state.loss)
+        with (
+            get_precision_context(state.precision, state.precision_config),
+            back_at(model, self._moment_of_loss),
+        ):
+            losses = per_sample_losses(model, state.outputs, batch, len(weights), self.loss_fn)
+            scale = self._scale.read(
+                losses, own_loss.mean(), differentiable_outputs(state.outputs), self._recomputed_loss(state, batch)
+            )
+            loss = weighted_loss(losses, weights, own_loss, scale)
+        self._batch_of_loss = self._moment_of_loss = None
+        self._weighed = True
+        if self._rehearsing:
+            return
+        state.loss = loss
         outputs: Any = state.outputs
         if isinstance(outputs, MutableMapping) and outputs.get("loss") is own_loss:
             outputs["loss"] = own_loss.detach()  # Its graph would be kept through the backward pass.
+
+    def _recomputed_loss(self, state: State, batch: Any) -> Iterator[torch.Tensor]:
+        """A HuggingFace model's own loss from its logits: compiled, it returns one that does not depend on them."""
+        model = unwrap(state.model)
+        if takes_loss_from_logits(model):
+            yield huggingface_losses(model, state.outputs, batch, reduction="mean")
+
+    def _batch_end(self, state: State) -> None:
+        step = str(int(state.timestamp.batch))
+        due = state.device.name != "gpu" or step.strip("0") == "1"
+        if due and self._scale.other_terms is not None and bool(self._scale.other_terms):
+            self._warn_once(
+                "the model's own loss has a term that depends on its outputs and is not in the samples' losses "
+                "(loss_fn, or loss(..., reduction='none')). It is trained without weights."
+            )

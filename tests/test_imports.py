@@ -12,7 +12,8 @@ import composer_gradmatch
 PACKAGE = Path(composer_gradmatch.__file__).parent
 ALGORITHMS = {"gradmatch", "loss_backprop", "random_backprop"}
 #: What a selecting forward pass takes.
-TWO_PASS = {"batches", "losses", "reuse", "selection_pass", "spans", "subset_backprop"}
+SUBSET = {"batches", "schedule", "selection", "selection_pass", "spans"}
+TWO_PASS = {"losses", "reuse", "sample_checks", "subset_backprop", *SUBSET}
 #: What the studies measure the parts of.
 MEASURED = {"batches", "gradmatch", "last_layer", "selection_pass", "spans"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -26,26 +27,38 @@ MAY_IMPORT: dict[str, set[str]] = {
     "position_gram": set(),
     "last_layer": {"position_gram"},
     "layer_gradients": {"last_layer", "position_gram"},
+    "output_layer": {"batches", "last_layer"},
     "huggingface_losses": set(),
-    "losses": {"huggingface_losses"},
+    "loss_scale": set(),
+    "losses": {"batches", "huggingface_losses", "loss_scale"},
     "config": set(),
-    "selection_pass": {"batches"},
+    "traces": set(),
+    "selection_pass": {"batches", "traces"},
+    "selection": set(),
+    "schedule": set(),
+    "sample_checks": set(),
+    "given_batch": {"batches", "nests"},
+    "enough_samples": {"selection"},
     "other_algorithms": set(),
     "run_summary": {"batches"},
     "spans": set(),
-    "reuse": {"batches", "huggingface_losses", "losses", "reuse", "selection_pass"},
+    "reuse": {"batches", "huggingface_losses", "losses", "nests", "sample_leaves", "reuse", "selection_pass", "traces"},
     "match": {"matching", "solvers", "spans"},
-    "subset_backprop": {"batches", "other_algorithms", "selection_pass", "spans"},
-    "two_pass_backprop": TWO_PASS,
+    "subset_backprop": {"enough_samples", "nests", "other_algorithms", "picked_rows", "sample_leaves", *SUBSET},
+    "two_pass_backprop": {"given_batch", "huggingface_losses", "loss_scale", "subset_backprop", "traces", *TWO_PASS},
     "passes": {"subset_backprop"},
-    "gradmatch": {"layer_gradients", "last_layer", "match", "matching", "two_pass_backprop", *TWO_PASS},
+    "gradmatch": {"layer_gradients", "last_layer", "match", "matching", "output_layer", "two_pass_backprop", *TWO_PASS},
     "loss_backprop": {"two_pass_backprop", *TWO_PASS},
-    "random_backprop": {"losses", "selection_pass", "subset_backprop"},
+    "random_backprop": {"subset_backprop"},
     "pretrained": set(),
     "data": {"data", "pretrained"},
     "models": {"models", "pretrained"},
-    "builders": {"config", "data", "models", *ALGORITHMS},
-    "train": {"builders", "config", "passes", "run_summary"},
+    "refusals": {"config"},
+    "value_rules": {"config"},
+    "builders": {"config", "data", "models", "refusals", "value_rules", *ALGORITHMS},
+    "schema": {"builders", "config", "refusals", "value_rules"},
+    "setting_up": {"builders", "config", "refusals"},
+    "train": {"builders", "config", "passes", "refusals", "run_summary", "schema", "setting_up"},
     "studies": {"studies", "train", "builders", "config", "data", "run_summary", *MEASURED},
     "benchmarks": {
         "benchmarks",

@@ -146,7 +146,7 @@ def _given(node: fx.Node, name: str) -> Any:
     return None
 
 
-def _normalises_by_batch(node: fx.Node, batch: sympy.Symbol) -> bool:
+def normalises_by_batch(node: fx.Node, batch: sympy.Symbol) -> bool:
     """Whether a node is batch normalisation in training; that of instances has statistics of each sample."""
     name = operator_name(node)
     if "batch_norm" not in name or any(evaluation in name for evaluation in ("no_training", "no_update")):
@@ -253,7 +253,7 @@ class _Probe:
                 node, [self._call(node, half).zero_() for half in self.halves], self._call(node, self.both).zero_()
             )
             self._inherit(node)
-        elif _normalises_by_batch(node, self.batch):
+        elif normalises_by_batch(node, self.batch):
             both = self._call(node, self.both)
             halves = self._parts(both[0], self._fitting(_given(node, "input"))[0])
             self.give(node, [(half, *both[1:]) for half in halves], both)

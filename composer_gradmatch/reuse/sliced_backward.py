@@ -17,7 +17,16 @@ from torch.autograd.function import once_differentiable
 
 from composer_gradmatch.reuse.in_place import compute_in_place
 from composer_gradmatch.reuse.inductor import InductorGraph
-from composer_gradmatch.reuse.layout import Layout, Sizes, at, depend_on, determine_layouts, is_random, operator_name
+from composer_gradmatch.reuse.layout import (
+    Layout,
+    Sizes,
+    at,
+    depend_on,
+    determine_layouts,
+    is_random,
+    normalises_by_batch,
+    operator_name,
+)
 from composer_gradmatch.reuse.unsupported import UnsupportedError
 
 __all__ = ["Graphs", "Run"]
@@ -74,6 +83,10 @@ class Graphs:
         }
         #: Whether the forward pass draws random numbers.
         self.random = any(node.op == "call_function" and is_random(node) for node in forward.graph.nodes)
+        #: Whether batch normalisation mixes samples.
+        self.normalises = any(
+            node.op == "call_function" and normalises_by_batch(node, batch) for node in forward.graph.nodes
+        )
         #: The steps that they have served, and the one whose gradients are to be verified next.
         self.steps, self.verified_at = 0, 1
         #: Which of the outputs that have gradients is the watched layer's.
@@ -94,10 +107,7 @@ class Graphs:
             return
         if any(isinstance(node.meta["val"], torch.SymInt) for node in self.saved):
             raise UnsupportedError("the saved sizes do not come last")
-        wanted = {*self.saved, *(node for node in self.outputs if isinstance(node, fx.Node))}
-        # New running statistics, which batch_norm's backward takes and does not read, belong to no sample.
-        wanted -= self.buffers
-        self.layouts = determine_layouts(self.forward, args, self.batch, wanted.__contains__, self.other_sizes(args))
+        self.layouts = self._layouts_on(args)
         backward = self._without_dead_nodes()
         used = [bool(node.users) for node in backward.graph.find_nodes(op="placeholder")][len(self.sizes) :]
         slices = [_Slice(i, self.layouts.get(node)) if used[i] else None for i, node in enumerate(self.saved)]
@@ -106,6 +116,25 @@ class Graphs:
             self.sliced = _CompiledBackward(self._compiled[1], len(self.sizes), slices)
         else:
             self.sliced = _insert_slices(backward, len(self.sizes), slices)
+
+    def check_layouts(self, args: Sequence[Any]) -> None:
+        """Determines the layouts once more, on other samples and parameters; takes them, where they differ.
+
+        Raises:
+            UndecidedError: If all samples are alike.
+            UnsupportedError: If samples are mixed.
+        """
+        if self._layouts_on(args) != self.layouts:
+            self.sliced = None
+            del self._compiled[1:]
+            self.prepare(args)
+            self.verified_at = self.steps + 1
+
+    def _layouts_on(self, args: Sequence[Any]) -> dict[fx.Node, Layout | None]:
+        wanted = {*self.saved, *(node for node in self.outputs if isinstance(node, fx.Node))}
+        # New running statistics, which batch_norm's backward takes and does not read, belong to no sample.
+        wanted -= self.buffers
+        return determine_layouts(self.forward, args, self.batch, wanted.__contains__, self.other_sizes(args))
 
     def _without_dead_nodes(self) -> fx.GraphModule:
         """The backward graph without what the partitioner leaves in it: what drew the forward pass's random numbers."""
@@ -245,12 +274,19 @@ class Run:
             if not shape or not isinstance(shape[0], torch.SymInt) or shape[0].node.expr != graphs.batch:
                 raise UnsupportedError(f"it returns a tensor of shape {shape} that has no row for each sample")
         graphs.prepare(self._args)
-        self._args = []
         self.outputs = [self._all_outputs[position] for position in positions]
         if len(with_gradient) != graphs.num_tangents or not set(with_gradient) <= set(positions):
             raise UnsupportedError("its outputs' gradients cannot be told apart")
         #: For each gradient that the backward graph takes: which of the model's outputs it is of.
         self._differentiable = [positions.index(i) for i in with_gradient]
+
+    def check_layouts(self) -> None:
+        """See :meth:`.Graphs.check_layouts`; only before :meth:`let_go_of_inputs`."""
+        self.graphs.check_layouts(self._args)
+
+    def let_go_of_inputs(self) -> None:
+        """Lets go of what the forward graph was called with."""
+        self._args = []
 
     def tensors(self) -> list[torch.Tensor]:
         """The outputs and the saved tensors."""

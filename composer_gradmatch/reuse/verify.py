@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 
 from composer_gradmatch.reuse.unsupported import UndecidedError, UnsupportedError
 
@@ -182,30 +183,32 @@ class _NormalisedByAll(torch.autograd.Function):
         return whole.to(grads[0].dtype), d_weight, d_bias, None, None
 
 
-@contextmanager
-def picks_normalised_by_all(model: nn.Module, rows: torch.Tensor) -> Iterator[bool]:
-    """Lets a model's batch normalisation in training go backward by the formula of the picks ``rows``.
+class picks_normalised_by_all(TorchFunctionMode):
+    """Lets batch normalisation in training go backward by the formula of the picks ``rows``.
+
+    It stands in for the function, not for layers: a subclass of ``nn.BatchNorm2d`` may do more than normalise. Running
+    statistics are left as they are.
 
     Args:
-        model (nn.Module): The model, run over all samples in the context.
-        rows (torch.Tensor): The picks, int64, shape (m,).
-
-    Yields:
-        Whether there is any such layer.
+        rows (torch.Tensor): The picks, int64, shape (m,), of the samples that a model runs over in the context.
     """
-    layers = [
-        module
-        for module in model.modules()
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
-    ]
 
-    def forward_of(layer: _BatchNorm) -> Callable[[torch.Tensor], Any]:
-        return lambda inputs: _NormalisedByAll.apply(inputs, layer.weight, layer.bias, layer.eps, rows)
+    def __init__(self, rows: torch.Tensor) -> None:
+        super().__init__()
+        self._rows = rows
 
-    for layer in layers:
-        layer.forward = forward_of(layer)  # type: ignore[method-assign]
-    try:
-        yield bool(layers)
-    finally:
-        for layer in layers:
-            del layer.forward
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Normalises, or calls any other function as it is."""
+        signature = _SIGNATURES.get(func)
+        if signature is not None:
+            given = {**_DEFAULTS, **dict(zip(signature, args, strict=False)), **(kwargs or {})}
+            if given["training"]:
+                return _NormalisedByAll.apply(given["input"], given["weight"], given["bias"], given["eps"], self._rows)
+        return func(*args, **(kwargs or {}))
+
+
+_DEFAULTS = {"weight": None, "bias": None, "training": False, "eps": 1e-5}
+_SIGNATURES: dict[Any, Sequence[str]] = {
+    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
+}

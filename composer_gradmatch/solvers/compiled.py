@@ -15,7 +15,7 @@ import numba
 import numpy as np
 from numba.core.errors import NumbaError
 
-from composer_gradmatch.solvers.problem import DEPENDENT, Problem
+from composer_gradmatch.solvers.problem import DEPENDENT, EXACT, Problem
 from composer_gradmatch.solvers.pursuit import solve_omp
 
 __all__ = ["solve_compiled"]
@@ -72,7 +72,7 @@ def _largest(values: np.ndarray) -> float:
 
 
 @_jit()
-def _floor(diagonal: np.ndarray, target: np.ndarray, dependent: float) -> np.ndarray:
+def _floor(diagonal: np.ndarray, target: np.ndarray, faint: float) -> np.ndarray:
     """What :meth:`.Problem.floor` says."""
     norm = np.sqrt(np.maximum(diagonal, 0.0))
     longest = strongest = 0.0
@@ -80,21 +80,32 @@ def _floor(diagonal: np.ndarray, target: np.ndarray, dependent: float) -> np.nda
         if norm[x] > 0:
             longest = max(longest, norm[x])
             strongest = max(strongest, abs(target[x]) / norm[x])
-    return max(dependent * strongest, 8 * np.finfo(np.float64).eps * longest) * norm
+    return max(faint * strongest, 8 * np.finfo(np.float64).eps * longest) * norm
 
 
 @_jit()
 def _omp(
-    gram: np.ndarray, target: np.ndarray, k: int, ridge: float, enough: float, dependent: float
+    gram: np.ndarray,
+    target: np.ndarray,
+    k: int,
+    ridge: float,
+    enough: float,
+    faint: float,
+    dependent: float,
+    tiny: float,
+    exact: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
     diagonal = np.empty(len(target))
     for x in range(len(target)):
         diagonal[x] = gram[x, x] + ridge
-    floor = _floor(diagonal, target, dependent)
+    floor = _floor(diagonal, target, faint)
     order = np.flatnonzero(diagonal > 0)
     live = len(order)
     alpha, least = target[order], floor[order]
     rows = np.empty((live, k))
+    # L⁻¹, and a sample's coefficients on the picked: see Pursuit._extend_inverse.
+    inverse = np.empty((0, 0)) if exact else np.zeros((k, k))
+    coefficients = np.empty(0 if exact else k)
     lower = np.empty((k, k))
     z = np.empty(k)
     product = np.empty(live)
@@ -119,9 +130,23 @@ def _omp(
         for i in range(n):
             factor[i] = rows[at, i]
             pivot -= factor[i] * factor[i]
-        if pivot <= dependent * diagonal[pick]:
+        if pivot <= dependent * diagonal[pick] + tiny:
             break
         root = np.sqrt(pivot)
+        if not exact:
+            spread = 0.0
+            for i in range(n):
+                coefficients[i] = 0.0
+            for j in range(n):
+                for i in range(j + 1):
+                    coefficients[i] += factor[j] * inverse[j, i]
+            for i in range(n):
+                spread += coefficients[i] * coefficients[i] * diagonal[picks[i]]
+            if pivot <= dependent * (diagonal[pick] + spread) + tiny:
+                break
+            for i in range(n):
+                inverse[n, i] = -coefficients[i] / root
+            inverse[n, n] = 1.0 / root
         lower[n, n] = root
         z[n] = best / root
         explained += z[n] * z[n]
@@ -158,7 +183,17 @@ def solve_compiled(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     """
     if not _failures:
         try:
-            return _omp(problem.gram, problem.target, problem.k, problem.ridge, problem.enough, DEPENDENT)
+            return _omp(
+                problem.gram,
+                problem.target,
+                problem.k,
+                problem.ridge,
+                problem.enough,
+                DEPENDENT,
+                problem.precision.dependent,
+                4 * problem.precision.tiny,
+                problem.precision == EXACT,
+            )
         except (OSError, EOFError, pickle.PickleError, NumbaError) as error:
             _failures.append(error)
             warnings.warn(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from composer_gradmatch.solvers.problem import DEPENDENT, Problem
+from composer_gradmatch.solvers.problem import EXACT, Problem
 
 __all__ = ["Pursuit", "pursue", "solve_omp"]
 
@@ -29,10 +29,13 @@ class Pursuit:
         m = len(problem.target)
         self.problem = problem
         self.diagonal, self.floor = problem.diagonal(), problem.floor()
+        self.least_pivots = problem.least_pivots()
         self.picks: list[int] = []
         self.alpha = problem.target.copy()
         self._rows = np.empty((problem.k, m))
         self._z = np.empty(problem.k)
+        # L⁻¹, which is wanted only where the rounding of K's entries adds up to more than that of the arithmetic.
+        self._inverse = None if problem.precision == EXACT else np.zeros((problem.k, problem.k))
         self._open = self.diagonal > 0
 
     @property
@@ -72,7 +75,7 @@ class Pursuit:
         n = len(self.picks)
         row = self.problem.gram[pick] - self._rows[:n, pick] @ self._rows[:n]
         pivot = row[pick] + self.problem.ridge
-        if pivot <= DEPENDENT * self.diagonal[pick]:
+        if pivot <= self.least_pivots[pick] or not self._extend_inverse(pick, pivot):
             return False
         row[pick] = pivot
         row /= np.sqrt(pivot)
@@ -83,13 +86,35 @@ class Pursuit:
         self.picks.append(pick)
         return True
 
+    def _extend_inverse(self, pick: int, pivot: float) -> bool:
+        """Gives L⁻¹ the row of one more pick; False if the rounding of K's entries may be all that is left of it."""
+        if self._inverse is None:
+            return True
+        n = len(self.picks)
+        before = self._inverse[:n, :n]
+        coefficients = self._rows[:n, pick] @ before  # c, the pick's best match among those before it.
+        spread = coefficients**2 @ self.diagonal[self.picks]
+        if pivot <= self.least_pivots[pick] + self.problem.precision.dependent * spread:
+            return False
+        self._inverse[n, :n], self._inverse[n, n] = -coefficients, 1.0
+        self._inverse[n, : n + 1] /= np.sqrt(pivot)
+        return True
+
     def restart(self, picks: list[int]) -> bool:
         """Picks these samples in place of the present ones; False, and nothing done, if they are dependent."""
         gram, target = self.problem.gram, self.problem.target
         square = gram[np.ix_(picks, picks)] + self.problem.ridge * np.eye(len(picks))
         lower, failed = torch.linalg.cholesky_ex(torch.from_numpy(square.astype(np.float64)))
-        if failed or (lower.diagonal().numpy() ** 2 <= DEPENDENT * self.diagonal[picks]).any():
+        if failed or (lower.diagonal().numpy() ** 2 <= self.least_pivots[picks]).any():
             return False
+        if self._inverse is not None:
+            inverse = torch.linalg.solve_triangular(
+                lower, torch.eye(len(picks), dtype=lower.dtype), upper=False
+            ).numpy()
+            # The condition of _extend_inverse for each of them, divided by its pivot.
+            if (self.problem.precision.dependent * inverse**2 @ self.diagonal[picks] >= 1).any():
+                return False
+            self._inverse[: len(picks), : len(picks)] = inverse
         right = np.concatenate([gram[picks], target[picks][:, None]], axis=1).astype(np.float64)
         solved = torch.linalg.solve_triangular(lower, torch.from_numpy(right), upper=False).numpy()
         n = len(picks)
@@ -108,7 +133,7 @@ class Pursuit:
         square[np.diag_indices_from(square)] += self.problem.ridge
         gain = 2 * weights @ self.problem.target[picks] - weights @ square @ weights
         magnitude = np.abs(weights) @ np.abs(square) @ np.abs(weights)
-        return float(gain), float(16 * np.finfo(np.float64).eps * magnitude)
+        return float(gain), float(16 * self.problem.precision.eps * magnitude)
 
     def weights(self) -> np.ndarray:
         """γ = K'[I, I]⁻¹t[I], shape (n,)."""

@@ -6,7 +6,8 @@ import warnings
 
 import numpy as np
 
-from composer_gradmatch.solvers.problem import Problem
+from composer_gradmatch.solvers.problem import EXACT, Problem
+from composer_gradmatch.solvers.pursuit import Pursuit
 
 __all__ = ["solve_sklearn"]
 
@@ -40,6 +41,26 @@ def solve_sklearn(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     small_enough = target @ path >= problem.enough
     if small_enough.any():
         path = path[:, : int(small_enough.argmax()) + 1]
-    first_step = np.where(path.any(axis=1), (path != 0).argmax(axis=1), path.shape[1])
-    indices = np.argsort(first_step, kind="stable")[: int(path.any(axis=1).sum())].astype(np.int64)
+    indices = _in_order(path)
+    if problem.precision != EXACT:
+        independent = _independent(problem, indices)
+        if not independent:
+            return np.empty(0, dtype=np.int64), np.empty(0)
+        path = path[:, :independent]
+        indices = indices[:independent]
     return indices, np.ascontiguousarray(path[indices, -1])
+
+
+def _in_order(path: np.ndarray) -> np.ndarray:
+    """The samples with a weight in a path of solutions, in the order of their first one."""
+    first_step = np.where(path.any(axis=1), (path != 0).argmax(axis=1), path.shape[1])
+    return np.argsort(first_step, kind="stable")[: int(path.any(axis=1).sum())].astype(np.int64)
+
+
+def _independent(problem: Problem, picks: np.ndarray) -> int:
+    """The number of picks up to the first that depends on those before it by what K's own rounding can tell."""
+    pursuit = Pursuit(problem)
+    for pick in picks.tolist():
+        if not pursuit.add(pick):
+            break
+    return len(pursuit.picks)

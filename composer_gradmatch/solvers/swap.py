@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from composer_gradmatch.solvers.problem import DEPENDENT, Problem
+from composer_gradmatch.solvers.problem import Problem
 from composer_gradmatch.solvers.pursuit import Pursuit, pursue
 
 __all__ = ["solve_swap"]
@@ -61,9 +61,9 @@ def _best_exchange(pursuit: Pursuit) -> tuple[int, int] | None:
     lost = pursuit.weights() / root
     alpha = pursuit.alpha[unpicked] + lost[:, None] * along
     outside = pursuit.diagonal[unpicked] - (rows[:, unpicked] ** 2).sum(axis=0) + along**2
-    worth = (alpha > pursuit.floor[unpicked]) & (outside > DEPENDENT * pursuit.diagonal[unpicked])
+    worth = (alpha > pursuit.floor[unpicked]) & (outside > pursuit.least_pivots[unpicked])
     gain = np.divide(alpha**2, outside, out=np.full_like(alpha, -np.inf), where=worth) - (lost**2)[:, None]
     position, column = np.unravel_index(int(gain.argmax()), gain.shape)
-    if gain[position, column] <= DEPENDENT * pursuit.explained:
+    if gain[position, column] <= pursuit.problem.precision.dependent * pursuit.explained:
         return None
     return int(position), int(unpicked[column])

@@ -104,7 +104,14 @@ def fit_interleaved(config: dict[str, Any], interleaved: Interleaved, batch_size
     Returns:
         Trainer: After training, closed.
     """
-    dropped = ("scheduler", "eval_loader", "callbacks", "eval_interval", "train_subset_num_batches")
+    dropped = (
+        "scheduler",
+        "scale_schedule_ratio",
+        "eval_loader",
+        "callbacks",
+        "eval_interval",
+        "train_subset_num_batches",
+    )
     config = {key: value for key, value in with_strategy(config, "full", 1.0).items() if key not in dropped}
     config["optimizer"] = {**config["optimizer"], "lr": 0.0}
     config |= {"max_duration": f"{steps}ba", "global_train_batch_size": batch_size, "save_folder": None}

@@ -10,7 +10,7 @@ from typing import Any
 from composer.core import Time
 from composer.models import HuggingFaceModel
 
-from composer_gradmatch.builders import build_algorithms, build_loader, build_named
+from composer_gradmatch.builders import build_algorithms, build_loader, build_named, try_parts
 from composer_gradmatch.config import ConfigError
 from composer_gradmatch.studies.configs import learning_rate, quiet, with_label_noise
 from composer_gradmatch.studies.step_time import step_time_run
@@ -18,7 +18,15 @@ from composer_gradmatch.studies.store import Run
 from composer_gradmatch.studies.strategies import with_strategy
 from composer_gradmatch.train import check_config
 
-__all__ = ["check_study", "identity", "plan_accuracy", "plan_gradient_error", "plan_learning_rate", "plan_step_time"]
+__all__ = [
+    "check_study",
+    "identity",
+    "plan_accuracy",
+    "plan_gradient_error",
+    "plan_learning_rate",
+    "plan_step_time",
+    "scaled_batch_size",
+]
 
 
 def cells(strategies: Iterable[str], keeps: Iterable[float]) -> list[tuple[str, float]]:
@@ -46,6 +54,7 @@ def check_study(config: dict[str, Any], runs: Sequence[Run]) -> None:
         check_config(run.config)
         try:
             build_algorithms(run.config.get("algorithms"))
+            try_parts(run.config)
         except ConfigError as error:
             raise ConfigError(f"{run.key}: {error}") from error
         batch_sizes[run.config["global_train_batch_size"]] = run.config["train_loader"]
@@ -80,8 +89,24 @@ def _scaled(config: dict[str, Any], keep: float, batch_size: str) -> dict[str, A
     return {
         "device_train_microbatch_size": base,
         **config,
-        "global_train_batch_size": round(base / keep),
+        "global_train_batch_size": scaled_batch_size(base, keep),
     }
+
+
+def scaled_batch_size(base: int, keep: float) -> int:
+    """The smallest M of which a fraction is ``base`` samples, by the rule of the algorithms: m = max(1, int(keep·M)).
+
+    Args:
+        base (int): m, at least 1.
+        keep (float): In (0, 1].
+    """
+    size = max(1, int(base / keep) - 1)
+    while int(keep * size) < base:
+        size += 1
+    # The quotient may be rounded up by more than one where it is too large for a float to hold exactly.
+    while size > 1 and int(keep * (size - 1)) >= base:
+        size -= 1
+    return size
 
 
 def plan_accuracy(
@@ -106,7 +131,7 @@ def plan_accuracy(
         run.config["run_name"] = run.key
         runs.append(run)
     base = config["global_train_batch_size"]
-    sizes = [(s, k, round(base / k) if batch_size == "scaled" else base) for s, k in pairs]
+    sizes = [(s, k, scaled_batch_size(base, k) if batch_size == "scaled" and k < 1 else base) for s, k in pairs]
     timing = step_time_run(quiet({**config, "seed": 0}, "step-time"), sizes, rounds)
     return timing, runs
 

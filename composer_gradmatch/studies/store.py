@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import io
 import json
 import os
+import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,24 +94,31 @@ class Store:
         identity (dict[str, Any]): What all runs of the study share; a folder holds one study.
 
     Raises:
-        ConfigError: If another process works in the folder, or it holds another study.
+        ConfigError: If the folder cannot be written to, another process works in it, or it holds another study or a
+            damaged ``study.json``.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
         self.folder = folder
         self._records = folder / "runs"
-        try:
-            self._records.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"--out {folder}: cannot make the folder: {error}") from error
         self._lock = FileLock(folder / ".lock")
         try:
+            self._records.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise ConfigError(
                 f"--out {folder}: another study is working in this folder. Wait for it, or choose another --out."
             ) from error
-        self._claim(identity)
+        except (OSError, NotImplementedError) as error:  # The second is a file system without locks.
+            raise ConfigError(f"--out {folder}: {_cannot_write(error)}") from error
+        try:
+            self._claim(identity)
+        except OSError as error:
+            self.close()
+            raise ConfigError(f"--out {folder}: {_cannot_write(error)}") from error
+        except BaseException:
+            self.close()
+            raise
 
     def _claim(self, identity: dict[str, Any]) -> None:
         path = self.folder / "study.json"
@@ -117,10 +126,15 @@ class Store:
         if not path.exists():
             write_atomically(path, json.dumps(identity, indent=1))
             return
-        held = json.loads(path.read_text())
+        held = _read_mapping(path)
+        if held is None:
+            raise ConfigError(
+                f"--out {self.folder}: {path} is damaged: it should say which study the folder holds. If it is the one "
+                "that you have started, delete that file and start it again, and its runs will be taken as they are; "
+                "else choose another --out."
+            )
         if held != identity:
             different = sorted(_differences(held, identity))
-            self.close()
             raise ConfigError(
                 f"--out {self.folder} holds another study; different: {', '.join(different)}. Choose another --out, or "
                 "repeat that study's settings to go on with it (strategies, keeps and seeds may be added)."
@@ -135,18 +149,46 @@ class Store:
         return self._records / f"{run.key}.json"
 
     def save(self, run: Run, record: Record) -> None:
-        """Keeps a run's record for good."""
-        write_atomically(self.path(run), json.dumps(vars(record), default=str))
+        """Keeps a run's record for good.
+
+        Raises:
+            ConfigError: If it cannot be written.
+        """
+        self._write(self.path(run), json.dumps(vars(record), default=str))
+
+    def _write(self, path: Path, text: str) -> None:
+        try:
+            write_atomically(path, text)
+        except OSError as error:
+            raise ConfigError(f"--out {self.folder}: {_cannot_write(error)}") from error
 
     def has(self, run: Run, retry_failed: bool = False) -> bool:
-        """Whether a run needs not be made: it is recorded (and, with ``retry_failed``, did not fail)."""
+        """Whether a run needs not be made: it is recorded (and, with ``retry_failed``, did not fail).
+
+        A damaged record is none: it is set aside, so that the run is made again.
+        """
         path = self.path(run)
-        return path.exists() and not (retry_failed and json.loads(path.read_text())["error"])
+        record = self._load(path) if path.exists() else None
+        return record is not None and not (retry_failed and record.error)
 
     def records(self, kind: str) -> list[Record]:
-        """All records of a kind, in the order of their files' names."""
-        loaded = (Record(**json.loads(path.read_text())) for path in sorted(self._records.glob("*.json")))
-        return [record for record in loaded if record.kind == kind]
+        """All records of a kind, in the order of their files' names; damaged ones are set aside."""
+        loaded = (self._load(path) for path in sorted(self._records.glob("*.json")))
+        return [record for record in loaded if record is not None and record.kind == kind]
+
+    def _load(self, path: Path) -> Record | None:
+        """A record; None if it is damaged: then its file is set aside."""
+        held = _read_mapping(path)
+        if held is not None and _is_record(held):
+            return Record(**held)
+        aside = path.with_suffix(".damaged")
+        number = 1
+        while aside.exists():
+            number += 1
+            aside = path.with_suffix(f".damaged{number}")
+        path.rename(aside)
+        print(f"{path} is damaged and counts as not made; it is now {aside.name}.", file=sys.stderr, flush=True)
+        return None
 
     def write_table(self, kind: str, name: str) -> Path:
         """Writes all results of a kind as CSV: a row for each result, and one for each run that failed."""
@@ -162,7 +204,7 @@ class Store:
         writer.writeheader()
         writer.writerows(rows)
         path = self.folder / name
-        write_atomically(path, text.getvalue())
+        self._write(path, text.getvalue())
         return path
 
 
@@ -173,3 +215,32 @@ def _differences(held: Any, asked: Any, at: str = "") -> set[str]:
             found |= _differences(held.get(key), asked.get(key), f"{at}.{key}" if at else str(key))
         return found
     return set() if held == asked else {f"{at} ({held!r}, now {asked!r})"}
+
+
+def _cannot_write(error: BaseException) -> str:
+    return (
+        f"cannot work in this folder ({type(error).__name__}: {error}). It must be a folder that can be written to, "
+        "with space left; choose another --out."
+    )
+
+
+def _read_mapping(path: Path) -> dict[str, Any] | None:
+    """What a JSON file holds; None if that is no mapping, as when it was cut off."""
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):  # Of the first are errors of JSON and of the encoding.
+        return None
+    return held if isinstance(held, dict) else None
+
+
+def _is_record(held: dict[str, Any]) -> bool:
+    """Whether a mapping has what a record has, each of its type."""
+    fields = {each.name: each for each in dataclasses.fields(Record)}
+    types = {"kind": str, "rows": list, "error": str, "seconds": int | float}
+    optional = {name for name, each in fields.items() if each.default_factory is not dataclasses.MISSING}
+    return (
+        held.keys() <= fields.keys()
+        and fields.keys() - held.keys() <= optional
+        and all(isinstance(value, types.get(key, dict)) for key, value in held.items())
+        and all(isinstance(row, dict) for row in held["rows"])
+    )

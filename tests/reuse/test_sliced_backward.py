@@ -124,7 +124,7 @@ def test_the_sliced_gradient_is_autograds_of_the_picks(name):
     assert captured.read == [True, False]
     found = torch.autograd.grad(weighted(captured.rows(ROWS), targets[ROWS]), list(model.parameters()))
     torch.manual_seed(1)
-    with picks_normalised_by_all(own, ROWS):
+    with picks_normalised_by_all(ROWS):
         outputs = own(inputs)
     expected = torch.autograd.grad(weighted(outputs[ROWS], targets[ROWS]), list(own.parameters()))
     check_outputs([captured.outputs], [outputs])

@@ -12,9 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from composer_gradmatch.config import ConfigError
+from composer_gradmatch.builders import build_algorithms
+from composer_gradmatch.config import ConfigError, load_config
 from composer_gradmatch.studies.__main__ import main
+from composer_gradmatch.studies.plans import plan_accuracy, scaled_batch_size
 from composer_gradmatch.studies.pool import run_all
 from composer_gradmatch.studies.store import Record, Run, Store, write_atomically
 
@@ -226,3 +230,148 @@ def test_a_killed_study_loses_nothing_and_goes_on_with_the_missing_runs(tmp_path
     for figure in ("accuracy", "accuracy_over_cost"):
         assert (out / f"{figure}.png").stat().st_size > 10_000
         assert (out / f"{figure}.pdf").read_bytes().startswith(b"%PDF")
+
+
+STUDY = {"study": "x"}
+
+
+def stored(folder):
+    """A folder with the records of two runs."""
+    runs = [Run("k", {"seed": seed}, {}) for seed in range(2)]
+    store = Store(folder, STUDY)
+    for run in runs:
+        store.save(run, record(run, accuracy=0.5))
+    store.close()
+    return runs
+
+
+DAMAGES = {
+    "empty": lambda text: "",
+    "cut off": lambda text: text[:20],
+    "cut off late": lambda text: text[:-1],
+    "zeros": lambda text: "\0" * len(text),
+    "no mapping": lambda text: "[]",
+    "another mapping": lambda text: "{}",
+    "null": lambda text: "null",
+    "a field missing": lambda text: text.replace('"rows"', '"lines"'),
+    "a field of another type": lambda text: text.replace('"error": ""', '"error": null'),
+    "rows that are none": lambda text: text.replace('{"accuracy": 0.5}', "3"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_record_is_set_aside_and_its_run_made_again(damage, tmp_path, capsys):
+    good, bad = stored(tmp_path)
+    store = Store(tmp_path, STUDY)
+    path = store.path(bad)
+    text = path.read_text()
+    assert damage(text) != text
+    path.write_text(damage(text))
+    assert store.has(good)
+    assert not store.has(bad)
+    assert f"{path} is damaged and counts as not made; it is now {path.stem}.damaged" in capsys.readouterr().err
+    assert path.with_suffix(".damaged").read_text() == damage(text)
+    assert len(store.records("k")) == 1
+    store.save(bad, record(bad, accuracy=0.25))
+    assert [row.rows for row in store.records("k")] == [[{"accuracy": 0.5}], [{"accuracy": 0.25}]]
+    path.write_bytes(b"\xff\xfe")
+    assert not store.has(bad, retry_failed=True)
+    assert path.with_suffix(".damaged2").read_bytes() == b"\xff\xfe"
+    assert path.with_suffix(".damaged").read_text() == damage(text)
+    store.close()
+
+
+def test_a_record_that_is_damaged_meanwhile_does_not_end_the_report(tmp_path, capsys):
+    _, bad = stored(tmp_path)
+    store = Store(tmp_path, STUDY)
+    store.path(bad).write_text("")
+    rows = list(csv.DictReader(store.write_table("k", "results.csv").open()))
+    assert [row["seed"] for row in rows] == ["0"]
+    assert "is damaged" in capsys.readouterr().err
+    store.close()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\0\0", '"study"'])
+def test_a_damaged_study_is_told_with_its_file_and_what_to_do(text, tmp_path):
+    stored(tmp_path)
+    path = tmp_path / "study.json"
+    path.write_text(text)
+    for _ in range(2):  # The lock is let go.
+        with pytest.raises(ConfigError, match=r"study\.json is damaged.*delete that file") as caught:
+            Store(tmp_path, STUDY)
+        assert str(path) in str(caught.value)
+    path.unlink()
+    store = Store(tmp_path, STUDY)
+    assert len(store.records("k")) == 2
+    store.close()
+
+
+@pytest.mark.parametrize("folder", ["file", "file/out", "a" * 300])
+def test_a_folder_that_is_none_is_told_before_any_work(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    out = str(tmp_path / folder)
+    assert main(["accuracy", DIGITS, "--out", out]) == 2
+    assert f"--out {out}: cannot work in this folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "no"), OSError(30, "read-only"), OSError(28, "no space")])
+@pytest.mark.parametrize("where", ["lock", "study.json"])
+def test_a_folder_that_cannot_be_written_to_is_told_and_let_go(error, where, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    target = "FileLock.acquire" if where == "lock" else "write_atomically"
+    with monkeypatch.context() as patch:
+        patch.setattr(f"composer_gradmatch.studies.store.{target}", fail)
+        with pytest.raises(ConfigError, match=r"cannot work in this folder \(.*choose another --out"):
+            Store(tmp_path, STUDY)
+    Store(tmp_path, STUDY).close()
+
+
+def test_a_lock_that_cannot_be_made(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(ConfigError, match="cannot work in this folder"):
+        Store(tmp_path, STUDY)
+
+
+def test_a_disk_that_fills_up_ends_a_study_with_an_error(tmp_path, monkeypatch):
+    (run, _) = stored(tmp_path)
+    store = Store(tmp_path, STUDY)
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    before = store.path(run).read_text()
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(ConfigError, match=f"--out {tmp_path}: .*No space left"):
+        store.save(run, record(run, accuracy=1.0))
+    with pytest.raises(ConfigError, match="No space left"):
+        store.write_table("k", "results.csv")
+    assert store.path(run).read_text() == before
+    store.close()
+
+
+@given(base=st.integers(1, 4096), keep=st.one_of(st.floats(0.001, 1.0), st.integers(1, 100).map(lambda n: n / 100)))
+def test_a_scaled_batch_is_the_smallest_of_which_base_is_kept(base, keep):
+    size = scaled_batch_size(base, keep)
+    assert max(1, int(keep * size)) == base
+    assert size == 1 or int(keep * (size - 1)) < base
+
+
+def test_scaled_batches_at_the_shipped_keeps():
+    sizes = [scaled_batch_size(64, keep) for keep in (0.05, 0.1, 0.3, 0.5)]
+    assert sizes == [1280, 640, 214, 128]
+    for base in range(1, 1025):
+        for keep in (0.05, 0.07, 0.1, 0.15, 0.2, 0.29, 0.3, 0.57, 0.7, 0.9, 0.99):
+            assert int(keep * scaled_batch_size(base, keep)) == base
+
+
+@pytest.mark.parametrize("strategy", ["gradmatch", "loss", "random", "selective_backprop"])
+@pytest.mark.parametrize(("base", "keep"), [(64, 0.3), (7, 0.29), (1, 0.1)])
+def test_the_plan_and_its_algorithm_keep_the_base(strategy, base, keep):
+    config = load_config(DIGITS, [f"global_train_batch_size={base}"])
+    _, (run,) = plan_accuracy(config, [strategy], [keep], 1, metric="m", batch_size="scaled", rounds=1)
+    size = run.config["global_train_batch_size"]
+    (algorithm,) = build_algorithms(run.config["algorithms"])
+    assert max(1, int(algorithm.keep * size)) == base
+    assert max(1, int(algorithm.keep * (size - 1))) < base or base == 1

@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 
 from composer_gradmatch import GradMatch
 from composer_gradmatch.batches import match_rows, take_samples
+from composer_gradmatch.loss_scale import LossScale
 from composer_gradmatch.losses import weighted_loss
 from composer_gradmatch.run_summary import RunSummary
 
@@ -131,7 +132,8 @@ def test_from_the_selection_forward_to_the_weighted_loss_the_host_waits_for_noth
         part = tuple(leaf[2:5] for leaf in picked)
         weights = match_rows(part, picked, selection.weights.float())
         outputs, model = state.model(part), state.model
-        weighted_loss(model.loss(outputs, part, reduction="none"), weights, model.loss(outputs, part)).backward()
+        losses, own = model.loss(outputs, part, reduction="none"), model.loss(outputs, part)
+        weighted_loss(losses, weights, own, LossScale().read(losses, own, [outputs])).backward()
     assert selection.indices.device.type == "meta"
     assert [len(leaf) for leaf in picked] == [6, 6]
     assert weights.shape == (3,)

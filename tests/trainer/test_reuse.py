@@ -161,7 +161,7 @@ def test_running_statistics_are_updated_once_a_step_by_all_samples(served):
     dataset, model = BATCHNORM.data(M), BATCHNORM.model()
     expected = BATCHNORM.model().module
     trained(model, loader(dataset, M), [always()], device_train_microbatch_size=4)
-    assert sum(served) == int(KEEP * M)
+    assert served == [4, 4, 2]  # Of nine picks one would be left, which batch normalisation takes another one with.
     expected(dataset.tensors[0])
     for found, other in zip(model.module.buffers(), expected.buffers(), strict=True):
         torch.testing.assert_close(found, other)
@@ -307,7 +307,7 @@ def test_resuming_within_an_epoch(tmp_path, served):
     resumed = run("9ba", load_path=str(tmp_path / "ba4.pt"))
     for one, other in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
         assert torch.equal(one, other)
-    assert served == [2, 1] * 18
+    assert served == [2, 2] * 18
 
 
 class Again(Callback):
@@ -352,7 +352,7 @@ def test_a_callback_may_ask_for_gradients_before_the_trainer(microbatch_size, se
         trained(model, train, [always(reuse=reuse)], callbacks=[probe], device_train_microbatch_size=microbatch_size)
         models.append(model)
         probes.append(probe)
-    sizes = [4, 4, 1] if microbatch_size == 4 else [9]
+    sizes = [4, 4, 2] if microbatch_size == 4 else [9]
     assert served == [size for size in sizes for _ in range(2)]
     assert len(probes[1].norms) == len(sizes)
     assert all(norm > 0 for norm in probes[1].norms)
@@ -394,7 +394,7 @@ def test_running_out_of_memory_in_a_microbatch_makes_no_other_forward_pass(serve
     trainer.state.device_train_microbatch_size, trainer.state.auto_microbatching = 4, True
     with pytest.warns(RuntimeWarning, match="will be decreased from 4 -> 2"):
         trainer.fit()
-    assert served == [4, 4, 2, 2, 2, 2, 1]
+    assert served == [4, 4, 2, 2, 2, 2, 2]
     expected(dataset.tensors[0])
     for found, other in zip(model.module.buffers(), expected.buffers(), strict=True):
         torch.testing.assert_close(found, other)
@@ -467,7 +467,8 @@ def test_an_error_within_a_step_leaves_a_model_that_others_can_train(served):
     algorithm = always()
     with pytest.raises(KeyError):
         trained(model, loader(CONV.data(M), M), [algorithm], callbacks=[Fails()])
-    assert algorithm._single_pass.installed
+    assert not algorithm._single_pass.installed
+    assert "forward" not in vars(model)
     del served[:]
     trained(model, loader(CONV.data(M), M), [always(reuse=False)])
     assert not served

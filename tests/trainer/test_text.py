@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
 from composer_gradmatch import GradMatch, LossBackprop, RandomBackprop
-from composer_gradmatch.losses import per_sample_losses, weighted_loss
+from composer_gradmatch.loss_scale import LossScale
+from composer_gradmatch.losses import differentiable_outputs, per_sample_losses, weighted_loss
 
 ON = {"start": 0.0, "end": 1.0, "interrupt": 0}
 M = 12
@@ -52,7 +53,8 @@ def test_unit_weights_give_the_models_own_loss_and_gradient(case):
     own = model.loss(outputs, batch)
     losses = per_sample_losses(model, outputs, batch, M)
     assert losses.shape == (M,)
-    unit = weighted_loss(losses, torch.ones(M), own)
+    scale = LossScale().read(losses, own, differentiable_outputs(outputs))
+    unit = weighted_loss(losses, torch.ones(M), own, scale)
     torch.testing.assert_close(unit, own, rtol=1e-6, atol=0)
     parameters = list(model.parameters())
     own_grads = torch.autograd.grad(own, parameters, retain_graph=True, materialize_grads=True)
@@ -218,7 +220,7 @@ def test_a_loss_fn_is_asked_before_the_models_own_loss():
 
     model = CLASSIFICATION.model()
     make_trainer(model, loader(CLASSIFICATION.data(M), M), [GradMatch(keep=0.5, loss_fn=loss_fn, **ON)]).fit()
-    assert set(asked) == {M, 8, M // 2}  # Eight are for the first check of the loss.
+    assert set(asked) == {M, 8, 4, M // 2}  # Eight and twice four are for the first checks of the loss.
 
 
 def test_a_models_own_unreduced_loss_is_asked_before_its_logits_are():
