@@ -74,7 +74,8 @@ def count_samples(batch: Any, input_key: Any = 0, target_key: Any = 1) -> int:
 
     Where inputs or targets are a list, M may be the list's length: that in which both agree. A mapping (a dict,
     HuggingFace's ``BatchEncoding``) that has neither the key 0 nor 1 and an object with attributes need no keys if all
-    of their tensors have the same leading length. Of a batch that is one tensor, indices name no inputs and targets.
+    of their tensors have the same leading length. Of a batch that is one tensor, or a list of single samples, indices
+    name no inputs and targets.
 
     Args:
         batch (Any): A batch.
@@ -84,7 +85,10 @@ def count_samples(batch: Any, input_key: Any = 0, target_key: Any = 1) -> int:
     Raises:
         ValueError: If a key names nothing, lengths differ, or something has no length.
     """
-    if is_array(batch) and isinstance(input_key, int) and isinstance(target_key, int):
+    by_index = isinstance(input_key, int) and isinstance(target_key, int)
+    if by_index and _is_list_of_samples(batch):
+        return len(batch)
+    if by_index and is_array(batch):
         n = length(batch)
         if n is None:
             raise ValueError(f"The batch is one tensor {_describe(batch)}, which has no samples. Check the data set.")
@@ -209,35 +213,48 @@ def _common_length(batch: Any) -> int:
     return common[0]
 
 
+def _is_list_of_samples(batch: Any) -> bool:
+    """Whether a batch is a list of single samples, of which indices name no inputs and targets.
+
+    Such are strings and numbers, and tuples or dicts of one kind that have scalars in them.
+    """
+    if not isinstance(batch, list) or len(batch) < 2:
+        return False
+    if all(isinstance(item, str | int | float) for item in batch):
+        return True
+    parts = children(batch[0])
+    alike = parts is not None and len({(type(item), len(children(item) or ())) for item in batch}) == 1
+    return alike and any(
+        isinstance(item, int | float) or (is_array(item) and not item.ndim) for _, item in named_leaves(batch[0])
+    )
+
+
 def _length_at_keys(batch: Any, input_key: Any, target_key: Any) -> int:
-    possible, shown = [], []
-    for name, key in (("input_key", input_key), ("target_key", target_key)):
-        held = get_item(batch, key, name)
+    inputs, targets = get_item(batch, input_key, "input_key"), get_item(batch, target_key, "target_key")
+    for held in (batch, inputs, targets):
         refuse_packed(held)
-        leaves = [leaf for _, leaf in named_leaves(held, () if holds_arrays(held) or not is_sequence(held) else {""})]
-        described = ", ".join(map(_describe, leaves[:_SHOWN])) + (", ..." if len(leaves) > _SHOWN else "")
-        found = _lengths(held)
-        if not found:
-            raise ValueError(
-                f"{name}={key!r} names {'nothing with a leading length' if found == [] else 'tensors that disagree'} "
-                f"in the batch: {described}. Expected tensors with one row for each sample."
-            )
-        possible.append(found)
-        shown.append((name, key, described, found, leaves))
+    possible = [_lengths(inputs), _lengths(targets)]
     common = _agreed(possible)
     if common:
         return common[0]
-    for name, key, described, _, leaves in shown:
-        if len({length(leaf) for leaf in leaves} - {None}) > 1:
+    shown = []
+    for name, key, held, found in (
+        ("input_key", input_key, inputs, possible[0]),
+        ("target_key", target_key, targets, possible[1]),
+    ):
+        leaves = [leaf for _, leaf in named_leaves(held, () if holds_arrays(held) or not is_sequence(held) else {""})]
+        shown.append(", ".join(map(_describe, leaves[:_SHOWN])) + (", ..." if len(leaves) > _SHOWN else ""))
+        disagree = found is None or len({length(leaf) for leaf in leaves} - {None}) > 1
+        if not found or disagree:
             raise ValueError(
-                f"{name}={key!r} names tensors that disagree in the batch: {described}. Expected tensors with one row "
-                "for each sample."
+                f"{name}={key!r} names {'tensors that disagree' if disagree else 'nothing with a leading length'} "
+                f"in the batch: {shown[-1]}. Expected tensors with one row for each sample."
             )
-    (_, _, inputs, many, _), (_, _, targets, others, _) = shown
+    many, others = (found[0] for found in possible if found)
     raise ValueError(
-        f"The inputs (input_key={input_key!r}, {inputs}) have {many[0]} samples "
-        f"but the targets (target_key={target_key!r}, {targets}) have "
-        f"{others[0]}. Both need one row for each sample: check the keys and the data set's "
+        f"The inputs (input_key={input_key!r}, {shown[0]}) have {many} samples "
+        f"but the targets (target_key={target_key!r}, {shown[1]}) have "
+        f"{others}. Both need one row for each sample: check the keys and the data set's "
         "collate function."
     )
 

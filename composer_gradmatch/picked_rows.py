@@ -120,7 +120,7 @@ class RowRecord:
             ValueError: If nothing tells.
         """
         found = _match(self, batch, fresh=False)
-        if found is None:
+        if found is None or (found.same is not None and not found.complete and bool((found.same.sum(1) > 1).any())):
             raise ValueError(_UNKNOWN_NOW)
         return torch.tensor(found.rows, dtype=torch.int64)
 
@@ -137,14 +137,14 @@ class RowRecord:
             ContradictionError: If one leaf was reordered and another was not.
             ValueError: If nothing tells.
         """
-        return _weigh(_match(self, batch, fresh=False), weights, _UNKNOWN_NOW)
+        return _weigh(self, _match(self, batch, fresh=False), weights, _UNKNOWN_NOW)
 
     def weights_of(self, microbatch: Any, weights: torch.Tensor) -> torch.Tensor:
         """The weights of a microbatch's samples, in its own order: see :func:`match_rows`.
 
         A view is trusted to show its rows, though a forward pass may have changed them in place.
         """
-        return _weigh(_match(self, microbatch, fresh=True), weights, _UNKNOWN)
+        return _weigh(self, _match(self, microbatch, fresh=True), weights, _UNKNOWN)
 
 
 def match_rows(
@@ -281,8 +281,9 @@ def _match_contents(record: RowRecord, leaves: Mapping[str, Any]) -> _Match | No
     return None if same is None else _Match(same.int().argmax(1).tolist(), same, complete)
 
 
-def _weigh(found: _Match | None, weights: torch.Tensor, unknown: str) -> torch.Tensor:
-    if found is None:
+def _weigh(record: RowRecord, found: _Match | None, weights: torch.Tensor, unknown: str) -> torch.Tensor:
+    """The weights of rows that were found."""
+    if found is None or len(weights) != record.num_rows:
         raise ValueError(unknown)
     if found.same is None:
         if found.rows == list(range(len(weights))):
