@@ -22,8 +22,8 @@ def rows_in_memory(part: torch.Tensor, whole: torch.Tensor) -> list[int] | None:
         return None
     if not (_has_memory(part) and _has_memory(whole)) or not whole.numel() or whole.stride(0) == 0:
         return None
-    size, stride, n = whole.element_size(), whole.stride(0), len(part)
-    first, offset = divmod((part.data_ptr() - whole.data_ptr()) // size, stride)
+    stride, n = whole.stride(0), len(part)
+    first, offset = divmod(_elements_apart(part, whole), stride)
     step, remainder = divmod(part.stride(0), stride) if n > 1 else (0, 0)
     like = part.shape[1:] == whole.shape[1:] and part.stride()[1:] == whole.stride()[1:]
     inside = stride >= _span(whole) >= offset + _span(part)
@@ -39,7 +39,15 @@ def _span(tensor: torch.Tensor) -> int:
 
 
 def _has_memory(tensor: torch.Tensor) -> bool:
-    return tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type != "meta"
+    return tensor.layout == torch.strided and not tensor.is_nested
+
+
+def _elements_apart(part: torch.Tensor, whole: torch.Tensor) -> int:
+    """How far in memory one tensor is behind another; of tensors without values, in a storage that both have."""
+    if part.device.type != "meta":
+        return (part.data_ptr() - whole.data_ptr()) // whole.element_size()
+    same = part.untyped_storage()._cdata == whole.untyped_storage()._cdata
+    return part.storage_offset() - whole.storage_offset() if same else -1
 
 
 def codes_of_objects(part: list[Any], whole: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:

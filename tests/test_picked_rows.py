@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from composer_gradmatch import picked_rows
-from composer_gradmatch.batches import find_rows, match_rows, sample_names, take_samples
+from composer_gradmatch.batches import find_rows, match_rows, names_by_length, sample_names, take_samples
 from composer_gradmatch.picked_rows import ContradictionError, RowRecord
 
 M, N = 12, 6
@@ -266,3 +266,12 @@ def test_what_is_untouched_is_not_compared(kind, monkeypatch):
     monkeypatch.setattr(picked_rows, "codes_of_objects", fail)
     assert record.rows_now(picked).tolist() == list(range(N))
     assert record.weights_of(take_samples(picked, slice(2, 4), N), WEIGHTS).tolist() == WEIGHTS[2:4].tolist()
+
+
+def test_tensors_left_whole_in_a_microbatch_are_named():
+    whole = {"x": torch.randn(6, 3), "w": torch.rand(6)}
+    kept = RowRecord.of(whole, 6, sample_names(whole, 6))
+    assert kept.names_left_whole({"x": whole["x"][:2], "w": whole["w"]}) == {"w"}
+    assert kept.names_left_whole({"x": whole["x"][:2], "w": whole["w"][:2]}) == set()
+    assert kept.names_left_whole(whole) == set()
+    assert "w" in names_by_length({"x": whole["x"][:4], "w": whole["w"]}, 4)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import BATCHNORM, loader, make_trainer
+import torch.nn.functional as F
+from cases import BATCHNORM, MLP, loader, make_trainer
 
 from composer_gradmatch import GradMatch, LossBackprop, RandomBackprop, select_first
 
@@ -40,5 +41,41 @@ def test_resuming_in_mid_epoch(make, tmp_path):
     resumed, _ = run("3ep", load_path=str(checkpoint))
     start = BATCHNORM.model().state_dict()
     assert any(not torch.equal(whole[key], start[key]) for key in whole)
+    for key in whole:
+        assert torch.equal(resumed[key], whole[key]), key
+
+
+def test_the_scale_of_a_loss_that_is_no_mean_resumes(tmp_path):
+    """Of single samples it cannot be told whether it is another term's, so that of before is taken."""
+
+    def run(max_duration, **kwargs):
+        model = MLP.model()
+
+        def loss(outputs, batch, reduction="mean"):
+            losses = F.cross_entropy(outputs, batch[1], reduction=reduction)
+            return losses if reduction == "none" else 0.7 * losses
+
+        model.loss = loss
+        algorithm = GradMatch(**ON)
+        trainer = make_trainer(
+            model,
+            loader(MLP.data(40), 8, shuffle=True),
+            [algorithm],
+            max_duration=max_duration,
+            algorithm_passes=[select_first],
+            device_train_microbatch_size=1,
+            seed=3,
+            run_name="resume",
+            **kwargs,
+        )
+        trainer.fit()
+        trainer.close()
+        return model.state_dict(), algorithm
+
+    whole, algorithm = run("4ba")
+    assert algorithm.state_dict()["loss_scale"]["usual"] == pytest.approx(0.7, rel=1e-5)
+    run("2ba", save_folder=str(tmp_path), save_interval="2ba", save_filename="ba{batch}.pt")
+    resumed, again = run("4ba", load_path=str(tmp_path / "ba2.pt"))
+    assert again.state_dict()["loss_scale"] == algorithm.state_dict()["loss_scale"]
     for key in whole:
         assert torch.equal(resumed[key], whole[key]), key
