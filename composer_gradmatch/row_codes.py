@@ -47,7 +47,7 @@ def _elements_apart(part: torch.Tensor, whole: torch.Tensor) -> int:
     if part.device.type != "meta":
         return (part.data_ptr() - whole.data_ptr()) // whole.element_size()
     same = part.untyped_storage()._cdata == whole.untyped_storage()._cdata
-    return part.storage_offset() - whole.storage_offset() if same else -1
+    return int(part.storage_offset()) - int(whole.storage_offset()) if same else -1
 
 
 def codes_of_objects(part: list[Any], whole: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
