@@ -21,7 +21,12 @@ from composer_gradmatch.losses import LossFn, check_objective
 from composer_gradmatch.match import Match, match_mean_gradient, match_on_device
 from composer_gradmatch.matching import Solver, check_solver
 from composer_gradmatch.output_layer import CheckedTap, observe_output_layer
-from composer_gradmatch.sample_checks import Rows, check_independence, normalised_by_running_statistics
+from composer_gradmatch.sample_checks import (
+    Rows,
+    check_independence,
+    find_dependence_on_batch,
+    normalised_by_running_statistics,
+)
 from composer_gradmatch.schedule import Clock
 from composer_gradmatch.selection_pass import Moment, check_scale_factor, no_trace, scale_inputs, unwrap
 from composer_gradmatch.spans import span
@@ -343,6 +348,20 @@ class GradMatch(TwoPassBackprop):
             parts += torch.arange(num_samples).split(1)[:4]
         for part in parts:
             self._check_objective(state, self._take(batch, part, num_samples), len(part))
+        rows_of = self._rows_of(state, batch, num_samples)
+
+        def losses_of(samples: torch.Tensor) -> dict[str, torch.Tensor]:
+            rows = dict(rows_of(samples))
+            del rows["its outputs' gradients"]
+            return rows
+
+        if find_dependence_on_batch(losses_of, num_samples) is not None:
+            raise ValueError(
+                "The loss of a sample depends on which other samples are in the batch (advantages normalised, or "
+                "classes counted, within the loss), so that a subset's weighted losses do not stand for the "
+                "minibatch's. Use RandomBackprop; or compute what depends on the whole minibatch before it is selected "
+                "from, in the collate function, and keep it in the batch with a number for each sample."
+            )
         return True
 
     def _check_objective(self, state: State, batch: Any, num_samples: int) -> None:

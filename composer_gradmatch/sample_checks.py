@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["Rows", "check_independence", "check_rows", "normalised_by_running_statistics"]
+__all__ = ["Rows", "check_independence", "check_rows", "find_dependence_on_batch", "normalised_by_running_statistics"]
 
 #: What selection looks at, by name, for samples with the given numbers: tensors with a row for each.
 Rows = Callable[[torch.Tensor], Mapping[str, torch.Tensor]]
@@ -23,6 +23,7 @@ Rows = Callable[[torch.Tensor], Mapping[str, torch.Tensor]]
 _TRIALS = 4
 #: How far, relative to the largest row, rows may be from themselves when the samples are turned round.
 _TOLERANCE, _LOW_PRECISION_TOLERANCE = 1e-2, 1e-1
+_LOSSES = "the losses"
 
 
 def check_rows(rows_of: Rows, num_samples: int, deterministic: bool, remedy: str) -> None:
@@ -89,6 +90,49 @@ def check_independence(losses: torch.Tensor, leaf: torch.Tensor, sample_dim: int
     return None
 
 
+def find_dependence_on_batch(losses_of: Rows, num_samples: int) -> int | None:
+    """Finds a sample on which other samples' losses depend by more than a factor common to all of them.
+
+    Advantages that the loss centres, or class weights that it counts in the batch, make them depend without a gradient.
+    A common factor, as of the number of tokens, is left to the step.
+
+    Args:
+        losses_of (Callable): Gives ``"the losses"`` of samples with the given numbers, and what else must not change
+            for them to tell anything: where the model mixes samples, the loss need not.
+        num_samples (int): n, the number of samples to try on.
+
+    Returns:
+        int | None: Such a sample; None if there is none among those tried.
+    """
+    own = torch.arange(num_samples)
+    before = losses_of(own)
+    for sample in own[:: -(-num_samples // _TRIALS)].tolist():
+        replaced = own.clone()
+        replaced[sample] = (sample + num_samples // 2) % num_samples
+        after = losses_of(replaced)
+        others = own != sample
+        mixed = {
+            name: _differ(rows.cpu()[others], after[name].cpu()[others], name == _LOSSES)
+            for name, rows in before.items()
+        }
+        if mixed.pop(_LOSSES) and not any(mixed.values()):
+            return sample
+    return None
+
+
+def _differ(ones: torch.Tensor, others: torch.Tensor, up_to_factor: bool) -> bool:
+    """Whether rows differ, as far as they are finite; of other lengths they do."""
+    if ones.shape != others.shape:
+        return True
+    low = ones.dtype in (torch.float16, torch.bfloat16)
+    one, other = ones.double().flatten(), others.double().flatten()
+    known = one.isfinite() & other.isfinite()
+    one, other = one[known], other[known]
+    squared = one @ one
+    factor = (one @ other) / squared if up_to_factor and squared > 0 else 1.0
+    return bool((other - factor * one).norm() > (_LOW_PRECISION_TOLERANCE if low else 1e-3) * other.norm())
+
+
 def _distances(ones: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Of each row, the distance; what is not finite in both is no difference, and rows of other lengths say nothing."""
     if len(ones) != len(others):
@@ -103,15 +147,26 @@ def _distances(ones: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 def normalised_by_running_statistics(model: nn.Module) -> Iterator[None]:
     """Lets batch normalisation mix no samples while the context is open.
 
+    Layers that keep no statistics are lent those of the standard normal distribution.
+
     Args:
         model (nn.Module): The model.
     """
-    layers = [each for each in model.modules() if isinstance(each, _BatchNorm) and each.training]
-    layers = [each for each in layers if each.running_mean is not None]
-    for layer in layers:
+    layers = [each for each in model.modules() if isinstance(each, _BatchNorm)]
+    trained = [each for each in layers if each.training]
+    without = [each for each in layers if each.running_mean is None and each.running_var is None]
+    like = next((each for each in model.parameters()), torch.empty(0))
+    for layer in without:
+        # Of a layer's own dtype: without a scale, its inputs' is that of the model's parameters.
+        kind = like if layer.weight is None else layer.weight
+        layer.running_mean = torch.zeros(layer.num_features, device=kind.device, dtype=kind.dtype)
+        layer.running_var = torch.ones(layer.num_features, device=kind.device, dtype=kind.dtype)
+    for layer in trained:
         layer.training = False
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in trained:
             layer.training = True
+        for layer in without:
+            layer.running_mean = layer.running_var = None

@@ -7,7 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from composer_gradmatch.sample_checks import check_independence, check_rows, normalised_by_running_statistics
+from composer_gradmatch.sample_checks import (
+    check_independence,
+    check_rows,
+    find_dependence_on_batch,
+    normalised_by_running_statistics,
+)
 
 INPUTS = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
 WEIGHT = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
@@ -103,5 +108,67 @@ def test_losses_that_depend_on_other_samples_are_told(loss):
 def test_batch_normalisation_is_in_training_again_afterwards():
     model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False), nn.BatchNorm1d(3).eval())
     with normalised_by_running_statistics(model):
-        assert [layer.training for layer in model] == [False, True, False]
+        assert [layer.training for layer in model] == [False, False, False]
     assert [layer.training for layer in model] == [True, True, False]
+
+
+CLASSES = torch.tensor([0, 1, 1, 2, 0, 3, 2, 1])
+ADVANTAGES = torch.randn(8, generator=torch.Generator().manual_seed(2)) + 3
+
+
+def cross_entropies(x, classes, _):
+    return F.cross_entropy(plain(x), classes, reduction="none")
+
+
+def centres_advantages(x, classes, advantages):
+    return (advantages - advantages.mean()) * cross_entropies(x, classes, advantages)
+
+
+def counts_classes(x, classes, advantages):
+    return cross_entropies(x, classes, advantages) / torch.bincount(classes, minlength=4)[classes]
+
+
+def scales_by_the_mean(x, classes, advantages):
+    losses = cross_entropies(x, classes, advantages)
+    return losses / losses.mean()
+
+
+def masks_some(x, classes, advantages):
+    return torch.where(classes == 1, 0.0, cross_entropies(x, classes, advantages))
+
+
+@pytest.mark.parametrize(
+    ("loss", "depends"),
+    [
+        (cross_entropies, False),
+        (masks_some, False),
+        (scales_by_the_mean, False),
+        (centres_advantages, True),
+        (counts_classes, True),
+    ],
+)
+def test_losses_that_depend_on_the_batch_without_a_gradient_are_found(loss, depends):
+    def losses_of(samples):
+        return {"the losses": loss(INPUTS[samples], CLASSES[samples], ADVANTAGES[samples])}
+
+    assert (find_dependence_on_batch(losses_of, 8) is not None) == depends
+
+
+def test_where_the_model_mixes_samples_the_loss_is_not_blamed():
+    def losses_of(samples):
+        mixed = normalised(INPUTS[samples])
+        return {"the layer's inputs": mixed, "the losses": F.cross_entropy(mixed, CLASSES[samples], reduction="none")}
+
+    assert find_dependence_on_batch(losses_of, 8) is None
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_without_running_statistics_mixes_no_samples_meanwhile(affine):
+    layer = nn.BatchNorm1d(6, affine=affine, track_running_stats=False)
+    before = layer(INPUTS)
+    with normalised_by_running_statistics(layer):
+        assert torch.equal(layer(INPUTS)[:2], layer(INPUTS[:2]))
+    assert layer.training
+    assert layer.running_mean is None
+    assert layer.running_var is None
+    assert torch.equal(layer(INPUTS), before)
