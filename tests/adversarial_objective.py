@@ -175,6 +175,19 @@ def contrastive(model, outputs, fields):
     return -(log_p * same).sum(1) / same.sum(1).clamp(min=1)
 
 
+class CentredAdvantages(Tiny):
+    """Centres its advantages over the minibatch, in the loss."""
+
+    def loss(self, outputs, batch, reduction="mean"):
+        losses = centred_in_loss(self, outputs, {"y": self.form.get(batch, "y")})
+        return losses if reduction == "none" else losses.mean()
+
+
+def centred_in_loss(model, outputs, fields):
+    advantages = (fields["y"] + 1).to(outputs)
+    return (advantages - advantages.mean()) * F.cross_entropy(outputs, fields["y"], reduction="none")
+
+
 class CentredScores(Tiny):
     """Scores of the samples relative to the minibatch's mean (a listwise ranking)."""
 
@@ -318,4 +331,12 @@ OBJECTIVE_ROWS = [
     Row("losses of zero", Hinge, classified, hinge, microbatch=3, any_picks=ALL_RULES, may_train_whole=True),
     Row("contrastive", Contrastive, classified, contrastive, expected=_MIXED),
     Row("relative scores", CentredScores, classified, relative, expected=_MIXED),
+    Row(
+        "advantages centred in the loss",
+        CentredAdvantages,
+        classified,
+        centred_in_loss,
+        any_picks=ALL_RULES,
+        expected={"weights": refused(DEPENDENT)},
+    ),
 ]
