@@ -106,7 +106,8 @@ def find_dependence_on_batch(losses_of: Rows, num_samples: int) -> int | None:
     """
     own = torch.arange(num_samples)
     before = losses_of(own)
-    for sample in own[:: -(-num_samples // _TRIALS)].tolist():
+    # More of them than elsewhere: a sample of the same class, say, changes nothing.
+    for sample in own[:: -(-num_samples // (2 * _TRIALS))].tolist():
         replaced = own.clone()
         replaced[sample] = (sample + num_samples // 2) % num_samples
         after = losses_of(replaced)
