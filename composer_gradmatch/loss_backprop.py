@@ -10,14 +10,9 @@ from composer.utils import dist
 
 from composer_gradmatch.batches import copy_batch, map_tensors
 from composer_gradmatch.losses import LossFn
-from composer_gradmatch.sample_checks import (
-    Rows,
-    check_independence,
-    find_dependence_on_batch,
-    normalised_by_running_statistics,
-)
+from composer_gradmatch.sample_checks import Rows, check_independence, normalised_by_running_statistics
 from composer_gradmatch.schedule import Clock
-from composer_gradmatch.selection_pass import Moment, scale_inputs, unwrap
+from composer_gradmatch.selection_pass import scale_inputs, unwrap
 from composer_gradmatch.subset_backprop import Selection, WholeBatch
 from composer_gradmatch.two_pass_backprop import TwoPassBackprop
 
@@ -203,25 +198,12 @@ class LossBackprop(TwoPassBackprop):
                 batch = scale_inputs(copy_batch(batch), self.input_key, self.scale_factor)
                 outputs = self._outputs_of(model, batch)
             with torch.enable_grad(), self._precision(state):
-                batch_of_loss = copy_batch(batch)
                 losses = self._losses_of(model, map_tensors(leaf_of, outputs), batch, num_samples)
             mixed = losses.requires_grad and any(check_independence(losses, leaf) is not None for leaf in leaves)
-
-            @torch.no_grad()
-            def losses_of(samples: torch.Tensor) -> dict[str, torch.Tensor]:
-                before = Moment.now(model)
-                with self._precision(state):
-                    part = self._take(batch_of_loss, samples, num_samples)
-                    found = self._losses_of(model, map_tensors(torch.clone, outputs), part, num_samples)
-                before.restore()
-                return {"the losses": found}
-
-            mixed = mixed or find_dependence_on_batch(losses_of, num_samples) is not None
         if mixed:
             self._warn_once(
-                "the loss of a sample depends on the other samples (as contrastive losses do, or advantages that are "
-                "normalised within the loss): "
-                "samples are ranked by their losses in the whole minibatch, and trained by those among the picks alone."
+                "the loss of a sample depends on the other samples' outputs (as contrastive losses do): samples are "
+                "ranked by their losses in the whole minibatch, and trained by those among the picks alone."
             )
         return not mixed
 

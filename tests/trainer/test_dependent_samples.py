@@ -75,11 +75,6 @@ def test_gradmatch_refuses_advantages_that_are_normalised_in_the_loss():
         train(Policy(), GradMatch(start=0, end=1, keep=0.3, interrupt=0))
 
 
-def test_loss_backprop_warns_of_advantages_that_are_normalised_in_the_loss():
-    with pytest.warns(UserWarning, match="depends on the other samples"):
-        train(Policy(), LossBackprop(start=0, end=1, keep=0.3, interrupt=0))
-
-
 @pytest.mark.parametrize("kind", [GradMatch, LossBackprop])
 def test_batch_norm_without_running_statistics_is_taken(kind):
     with warnings.catch_warnings():
