@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from functools import lru_cache
 from typing import Any
 
@@ -52,9 +54,9 @@ def _elements_apart(part: torch.Tensor, whole: torch.Tensor) -> int:
 
 def codes_of_objects(part: list[Any], whole: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """The same of two lists of samples' values."""
-    numbers: dict[Any, int] = {}
-    recorded = [numbers.setdefault(_value(item), len(numbers)) for item in whole]
-    now = [numbers.get(_value(item), -1) for item in part]
+    known: dict[Any, int] = {}
+    recorded = [known.setdefault(_value(item), len(known)) for item in whole]
+    now = [known.get(_value(item), -1) for item in part]
     return torch.tensor(now), torch.tensor(recorded)
 
 
@@ -64,11 +66,13 @@ def _value(item: Any) -> Any:
         tensor = as_tensor(item)
         if not isinstance(tensor, torch.Tensor):
             return ("array", item.shape, *map(_value, item.flatten().tolist()))
+        if not _has_memory(tensor):
+            return ("object", id(item))
         return ("tensor", tensor.dtype, tuple(tensor.shape), int(_row_codes(tensor[None])))
     parts = children(item)
     if parts is not None:
-        return (type(item), *((key, _value(value)) for key, value in parts))
-    if item != item:
+        return (type(item), frozenset((key, _value(value)) for key, value in parts))
+    if isinstance(item, numbers.Number | np.generic) and item != item:
         return "nan"
     try:
         hash(item)
@@ -95,7 +99,7 @@ def _row_codes(tensor: torch.Tensor) -> torch.Tensor:
     flat = tensor.detach()
     if flat.is_complex():
         flat = torch.view_as_real(flat.resolve_conj())
-    flat = flat.reshape(len(flat), -1)
+    flat = flat.reshape(len(flat), math.prod(flat.shape[1:]))
     if flat.is_floating_point() and flat.element_size() > 1:
         flat = (flat + 0.0).masked_fill(flat.isnan(), float("nan"))  # -0.0 becomes 0.0, and NaNs one NaN.
         flat = flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
