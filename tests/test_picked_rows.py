@@ -275,3 +275,36 @@ def test_tensors_left_whole_in_a_microbatch_are_named():
     assert kept.names_left_whole({"x": whole["x"][:2], "w": whole["w"][:2]}) == set()
     assert kept.names_left_whole(whole) == set()
     assert "w" in names_by_length({"x": whole["x"][:4], "w": whole["w"]}, 4)
+
+
+def test_weights_of_what_is_unchanged_are_returned_as_they_are():
+    picked, record = pick((INPUTS, LABELS))
+    assert record.weights_now(picked, WEIGHTS) is WEIGHTS
+
+
+@given(order=st.permutations(range(N)), hidden=st.integers(0, 2))
+def test_cut_out_inputs_are_no_evidence_of_an_order(order, hidden):
+    picked, record = pick((INPUTS, torch.arange(M), [str(i) for i in range(M)]))
+    now = reordered(picked, order)
+    now[0][:, hidden] = 0.0
+    assert record.rows_now(now).tolist() == list(order)
+
+
+@given(values=st.lists(st.integers(0, 2), min_size=M, max_size=M), order=st.permutations(range(N)))
+def test_reordered_duplicates_share_their_weight_and_keep_the_sum(values, order):
+    x = torch.tensor(values) * 1.0
+    picked, record = pick((x, x.long()))
+    now = reordered(picked, order)
+    weights = record.weights_now(now, WEIGHTS)
+    means = [float(WEIGHTS[picked[0] == value].mean()) for value in now[0]]
+    assert weights.tolist() == pytest.approx(means)
+    assert float((weights * now[0]).sum()) == pytest.approx(float((WEIGHTS * picked[0]).sum()))
+
+
+def test_picks_and_original_that_were_both_changed_in_place_tell_nothing():
+    batch = (INPUTS.clone(), torch.arange(M))
+    picked, record = pick(batch)
+    for leaf in (*batch, *picked):
+        leaf.mul_(3)
+    with pytest.raises(ValueError, match="Cannot tell which"):
+        record.rows_now(picked)
