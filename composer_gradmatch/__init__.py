@@ -8,12 +8,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from composer_gradmatch.gradmatch import GradMatch, select_using_gradient_matching
+    from composer_gradmatch.algorithms.gradmatch import GradMatch, select_using_gradient_matching
+    from composer_gradmatch.algorithms.loss_backprop import LossBackprop
+    from composer_gradmatch.algorithms.random_backprop import RandomBackprop
+    from composer_gradmatch.algorithms.select_first import select_first
     from composer_gradmatch.last_layer import last_layer_gram
-    from composer_gradmatch.loss_backprop import LossBackprop
     from composer_gradmatch.matching import gram_omp, normalize_weights
-    from composer_gradmatch.passes import select_first
-    from composer_gradmatch.random_backprop import RandomBackprop
 
 __all__ = [
     "GradMatch",
@@ -26,24 +26,27 @@ __all__ = [
     "select_using_gradient_matching",
 ]
 
-_ROOMS = {
-    "GradMatch": "gradmatch",
-    "LossBackprop": "loss_backprop",
-    "RandomBackprop": "random_backprop",
+#: Public name → the module that has it.
+_MODULES = {
+    "GradMatch": "algorithms.gradmatch",
+    "LossBackprop": "algorithms.loss_backprop",
+    "RandomBackprop": "algorithms.random_backprop",
     "gram_omp": "matching",
     "last_layer_gram": "last_layer",
     "normalize_weights": "matching",
-    "select_first": "passes",
-    "select_using_gradient_matching": "gradmatch",
+    "select_first": "algorithms.select_first",
+    "select_using_gradient_matching": "algorithms.gradmatch",
 }
+#: Folders that ``import composer_gradmatch`` alone gives access to.
+_FOLDERS = ("last_layer", "matching")
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS.values():
+    if name in _FOLDERS:
         return import_module(f"{__name__}.{name}")
-    if name not in _ROOMS:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 

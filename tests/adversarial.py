@@ -20,7 +20,7 @@ from composer.models import ComposerModel
 from torch import nn
 
 from composer_gradmatch import GradMatch, LossBackprop, RandomBackprop
-from composer_gradmatch.subset_backprop import SubsetBackprop
+from composer_gradmatch.algorithms.subset_backprop import SubsetBackprop
 
 Fields = dict[str, Any]
 

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import yaml
 from composer import Trainer
 
-from composer_gradmatch.builders import TABLES
-from composer_gradmatch.schema import TRAINER_KEYS
 from composer_gradmatch.train import main
+from composer_gradmatch.train.builders import TABLES
+from composer_gradmatch.train.schema import TRAINER_KEYS
 
 GOOD: dict[str, Any] = {
     "run_name": "r",

@@ -18,7 +18,7 @@ from oracles import brute_force_omp, clip_and_normalize, per_sample_gradients
 from torch.utils.data import DataLoader
 
 from composer_gradmatch import select_first
-from composer_gradmatch.subset_backprop import Selection
+from composer_gradmatch.algorithms.subset_backprop import Selection
 
 LR = 0.1
 

@@ -15,7 +15,7 @@ def test_the_core_works_without_composer():
         "import sys; sys.modules['composer'] = None\n"
         "import torch\n"
         "from composer_gradmatch import gram_omp, last_layer_gram, normalize_weights\n"
-        "from composer_gradmatch.match import match_mean_gradient, match_on_device\n"
+        "from composer_gradmatch.matching.weighted_picks import match_mean_gradient, match_on_device\n"
         "h, p = torch.randn(20, 8).double(), torch.randn(20, 3).double()\n"
         "gram = last_layer_gram(h, p)\n"
         "indices, weights = gram_omp(gram, gram.mean(1), 5)\n"

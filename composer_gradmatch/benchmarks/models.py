@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from composer.models import ComposerModel, HuggingFaceModel
 from torch import nn
 
-from composer_gradmatch.builders import build_named
+from composer_gradmatch.train.builders import build_named
 
 __all__ = ["MODELS", "BenchmarkModel", "CausalLM", "minilm"]
 

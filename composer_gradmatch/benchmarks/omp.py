@@ -11,9 +11,9 @@ import torch
 
 from composer_gradmatch import gram_omp
 from composer_gradmatch.benchmarks.timing import interleaved_medians, multiply_adds_per_second
-from composer_gradmatch.solvers.on_device import fixed_omp
-from composer_gradmatch.solvers.problem import Problem
-from composer_gradmatch.solvers.pursuit import solve_omp
+from composer_gradmatch.matching.on_device import fixed_omp
+from composer_gradmatch.matching.problem import Problem
+from composer_gradmatch.matching.pursuit import solve_omp
 
 __all__ = ["SIZES", "contestants", "measure_omp", "unit_gradients"]
 

@@ -12,7 +12,7 @@ import torch
 from composer_gradmatch import gram_omp
 from composer_gradmatch.benchmarks.problems import PROBLEMS, gram_matrices
 from composer_gradmatch.benchmarks.timing import interleaved_medians
-from composer_gradmatch.match import match_mean_gradient
+from composer_gradmatch.matching.weighted_picks import match_mean_gradient
 
 __all__ = ["VARIANTS", "measure_greedy", "measure_solvers", "smallest_error"]
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from composer_gradmatch.data.text import TokenizedTexts
 from composer_gradmatch.data.vision import check_split
-from composer_gradmatch.pretrained import locate
+from composer_gradmatch.models.pretrained import locate
 
 __all__ = ["imdb25k"]
 

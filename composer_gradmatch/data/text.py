@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.utils.data import Dataset
 
-from composer_gradmatch.pretrained import load_tokenizer
+from composer_gradmatch.models.pretrained import load_tokenizer
 
 __all__ = ["TokenizedTexts"]
 

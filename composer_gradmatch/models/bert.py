@@ -6,7 +6,7 @@ from composer.metrics import CrossEntropy
 from composer.models import HuggingFaceModel
 from torchmetrics.classification import MulticlassAccuracy
 
-from composer_gradmatch.pretrained import load_pretrained, load_tokenizer
+from composer_gradmatch.models.pretrained import load_pretrained, load_tokenizer
 
 __all__ = ["bert"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Set
 from typing import Any
 
-from composer_gradmatch.nests import is_sequence, map_nest, named_leaves
-from composer_gradmatch.sample_leaves import sample_names
+from composer_gradmatch.batches.nests import is_sequence, map_nest, named_leaves
+from composer_gradmatch.batches.sample_leaves import sample_names
 
 __all__ = ["ListOfSamples", "lists_of_samples", "without_lists"]
 

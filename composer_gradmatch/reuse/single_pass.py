@@ -33,8 +33,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from composer_gradmatch.batches import copy_batch, copy_structure, find_rows, take_samples, tensor_leaves
-from composer_gradmatch.huggingface_losses import huggingface_losses
-from composer_gradmatch.losses import takes_loss_from_logits
+from composer_gradmatch.forward.huggingface_losses import huggingface_losses
+from composer_gradmatch.forward.losses import takes_loss_from_logits
+from composer_gradmatch.forward.traceless import Generators
+from composer_gradmatch.forward.traces import ModelTraces
 from composer_gradmatch.reuse.batch_parts import lists_of_samples, without_lists
 from composer_gradmatch.reuse.capture import CapturedForward, Pass
 from composer_gradmatch.reuse.model_state import ModelState
@@ -42,8 +44,6 @@ from composer_gradmatch.reuse.spot_checks import SpotChecks
 from composer_gradmatch.reuse.training_step import trainer_on_the_stack, uninstall_step
 from composer_gradmatch.reuse.unsupported import UndecidedError, UnsupportedError, first_line
 from composer_gradmatch.reuse.verify import check_gradients, check_outputs, picks_normalised_by_all, rounded_parameters
-from composer_gradmatch.selection_pass import Generators
-from composer_gradmatch.traces import ModelTraces
 
 __all__ = ["SinglePass"]
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from composer_gradmatch.config import ConfigError, load_config, nearest
 from composer_gradmatch.studies.strategies import STRATEGIES
+from composer_gradmatch.train.config import ConfigError, load_config, nearest
 
 __all__ = ["main"]
 

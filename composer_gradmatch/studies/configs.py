@@ -6,9 +6,9 @@ import copy
 import inspect
 from typing import Any
 
-from composer_gradmatch.builders import build_named, resolve
-from composer_gradmatch.config import ConfigError
 from composer_gradmatch.data import SHAPES
+from composer_gradmatch.train.builders import build_named, resolve
+from composer_gradmatch.train.config import ConfigError
 
 __all__ = ["accuracy_metric", "learning_rate", "quiet", "with_label_noise", "with_synthetic_data"]
 

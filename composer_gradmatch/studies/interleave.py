@@ -12,9 +12,9 @@ from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 
 from composer_gradmatch.batches import count_samples, take_samples
-from composer_gradmatch.builders import build_algorithms
 from composer_gradmatch.studies.strategies import selecting_entry, strategy_entry, with_strategy
 from composer_gradmatch.train import build_trainer
+from composer_gradmatch.train.builders import build_algorithms
 
 __all__ = ["Interleaved", "Variant", "fit_interleaved"]
 

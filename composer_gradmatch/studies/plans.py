@@ -10,13 +10,13 @@ from typing import Any
 from composer.core import Time
 from composer.models import HuggingFaceModel
 
-from composer_gradmatch.builders import build_algorithms, build_loader, build_named, try_parts
-from composer_gradmatch.config import ConfigError
 from composer_gradmatch.studies.configs import learning_rate, quiet, with_label_noise
 from composer_gradmatch.studies.step_time import step_time_run
 from composer_gradmatch.studies.store import Run
 from composer_gradmatch.studies.strategies import with_strategy
 from composer_gradmatch.train import check_config
+from composer_gradmatch.train.builders import build_algorithms, build_loader, build_named, try_parts
+from composer_gradmatch.train.config import ConfigError
 
 __all__ = [
     "check_study",

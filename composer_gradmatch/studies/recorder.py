@@ -7,7 +7,7 @@ from typing import Any
 from composer.core import State
 from composer.loggers import Logger
 
-from composer_gradmatch.run_summary import RunSummary
+from composer_gradmatch.train.run_summary import RunSummary
 
 __all__ = ["RunRecorder"]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from composer_gradmatch.config import ConfigError
+from composer_gradmatch.train.config import ConfigError
 
 __all__ = ["Record", "Run", "Store", "write_atomically"]
 

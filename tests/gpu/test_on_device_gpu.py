@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from composer_gradmatch import gram_omp, last_layer_gram
-from composer_gradmatch.match import match_on_device
-from composer_gradmatch.solvers.on_device import _loop, fixed_omp
-from composer_gradmatch.solvers.problem import Problem
-from composer_gradmatch.solvers.pursuit import solve_omp
+from composer_gradmatch.matching.on_device import _loop, fixed_omp
+from composer_gradmatch.matching.problem import Problem
+from composer_gradmatch.matching.pursuit import solve_omp
+from composer_gradmatch.matching.weighted_picks import match_on_device
 
 
 def gram_of(m, d=None):

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from composer.core import Event
 
-from composer_gradmatch import gradmatch
-from composer_gradmatch.config import ConfigError, load_config
+from composer_gradmatch.algorithms import gradmatch
 from composer_gradmatch.data import NoisyLabels, digits
 from composer_gradmatch.spans import SpanRecorder, span
 from composer_gradmatch.studies.configs import with_synthetic_data
@@ -25,6 +24,7 @@ from composer_gradmatch.studies.plans import (
 from composer_gradmatch.studies.step_time import PARTS, cost_of_shares, estimated_cost, step_time
 from composer_gradmatch.studies.strategies import strategy_entry, with_strategy
 from composer_gradmatch.studies.tasks import do_run
+from composer_gradmatch.train.config import ConfigError, load_config
 
 DIGITS = Path(__file__).resolve().parents[2] / "configs" / "digits.yaml"
 METRIC = "metrics/eval/MulticlassAccuracy"

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from composer_gradmatch.builders import build_algorithms
-from composer_gradmatch.config import ConfigError, load_config
 from composer_gradmatch.studies.__main__ import main
 from composer_gradmatch.studies.plans import plan_accuracy, scaled_batch_size
 from composer_gradmatch.studies.pool import run_all
 from composer_gradmatch.studies.store import Record, Run, Store, write_atomically
+from composer_gradmatch.train.builders import build_algorithms
+from composer_gradmatch.train.config import ConfigError, load_config
 
 sys.path.insert(0, str(Path(__file__).parent))  # Workers are given this path, too.
 from tasks_for_workers import behave

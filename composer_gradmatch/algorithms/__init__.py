@@ -1,0 +1,1 @@
+"""What goes into ``Trainer(algorithms=[...])``: the only folder that knows Composer's events."""

@@ -1,0 +1,1 @@
+"""The forward pass over a minibatch that leaves no trace, and its samples' losses."""

@@ -1,0 +1,101 @@
+"""H and P of a minibatch, gathered from the microbatches of its selection pass, and their Gram matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from composer_gradmatch.last_layer.position_gram import SoftmaxGrads, position_gram
+from composer_gradmatch.last_layer.tap import last_layer_gram
+
+__all__ = ["STORED_BYTES", "LayerGradients", "gram_of_all"]
+
+#: The most memory for all of P as it is: above, P of a softmax cross-entropy is kept as what computes it again
+#: (unless FSDP has the layer's weight in parts, or the loss is another one: then all of P is kept).
+STORED_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class LayerGradients:
+    """Some samples' rows of H and P; where the layer runs at positions, of those that have a gradient.
+
+    Attributes:
+        inputs (torch.Tensor): Rows of H, shape (N, D).
+        grads (torch.Tensor | SoftmaxGrads): Rows of P, shape (N, C).
+        counts (torch.Tensor, optional): The number of positions of each sample, shape (n,), on the CPU; None where
+            each sample is a row.
+        finite (torch.Tensor): Whether all numbers are finite, a boolean scalar.
+    """
+
+    inputs: torch.Tensor
+    grads: torch.Tensor | SoftmaxGrads
+    counts: torch.Tensor | None
+    finite: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, layer: nn.Linear, inputs: torch.Tensor, grads: torch.Tensor, outputs: torch.Tensor, num_samples: int
+    ) -> LayerGradients:
+        """Keeps what the Gram matrix needs of some of ``num_samples`` samples.
+
+        Args:
+            layer (nn.Linear): The output layer.
+            inputs (torch.Tensor): Their H, shape (n, D) or (n, T, D).
+            grads (torch.Tensor): Their P, shape (n, C) or (n, T, C).
+            outputs (torch.Tensor): What the layer put out, of P's shape.
+            num_samples (int): M, the number of samples in all.
+        """
+        finite = inputs.isfinite().all() & grads.isfinite().all()
+        if inputs.untyped_storage().nbytes() > inputs.nbytes:
+            inputs = inputs.clone()  # A view (of the first position, say) keeps all of the backbone's output.
+        if inputs.dim() == 2:
+            return cls(inputs, grads, None, finite)
+        kept = grads.flatten(1, -2).ne(0).any(-1)
+        counts = kept.sum(1).cpu()
+        keep = (lambda rows: rows.flatten(0, -2)) if kept.all() else (lambda rows: rows.flatten(1, -2)[kept])
+        rows = keep(grads)
+        compact = None
+        if finite and _is_whole(layer) and rows.nbytes * num_samples / len(inputs) > STORED_BYTES:
+            compact = SoftmaxGrads.recognise(keep(outputs), rows)
+        if compact is not None:
+            # In the precision that autocast ran the layer in, so that its outputs come out the same again.
+            return cls(keep(inputs).to(outputs.dtype), compact, counts, finite)
+        return cls(keep(inputs), rows, counts, finite)
+
+
+def _is_whole(layer: nn.Linear) -> bool:
+    """Whether this process holds all of the layer's weight, which FSDP spreads over the ranks."""
+    return not isinstance(layer.weight, DTensor) and layer.weight.shape == (layer.out_features, layer.in_features)
+
+
+def gram_of_all(parts: Sequence[LayerGradients], layer: nn.Linear) -> torch.Tensor:
+    """K of all parts' samples, shape (M, M), float64, on the layer's device.
+
+    Args:
+        parts (Sequence[LayerGradients]): In the order of the samples.
+        layer (nn.Linear): The output layer.
+    """
+    inputs = torch.cat([part.inputs for part in parts])
+    stored = [part.grads for part in parts if isinstance(part.grads, torch.Tensor)]
+    has_bias = layer.bias is not None
+    if parts[0].counts is None:
+        return last_layer_gram(inputs.double(), torch.cat(stored).double(), has_bias)
+    counts = torch.cat([part.counts for part in parts if part.counts is not None])
+    if len(stored) == len(parts):
+        return position_gram(inputs, torch.cat(stored), counts, layer.out_features, has_bias)
+    weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+
+    def columns(start: int, stop: int) -> torch.Tensor:
+        found = [
+            part.grads[:, start:stop]
+            if isinstance(part.grads, torch.Tensor)
+            else part.grads.columns(part.inputs, weight, bias, start, stop)
+            for part in parts
+        ]
+        return torch.cat(found)
+
+    return position_gram(inputs, columns, counts, layer.out_features, has_bias)

@@ -1,0 +1,21 @@
+"""From a Gram matrix to weighted picks: orthogonal matching pursuit and its variants, without Composer."""
+
+from composer_gradmatch.matching.gram_omp import (
+    SOLVERS,
+    Solver,
+    check_solver,
+    effective_sample_size,
+    gram_omp,
+    matching_residual,
+    normalize_weights,
+)
+
+__all__ = [
+    "SOLVERS",
+    "Solver",
+    "check_solver",
+    "effective_sample_size",
+    "gram_omp",
+    "matching_residual",
+    "normalize_weights",
+]

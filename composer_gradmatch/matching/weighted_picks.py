@@ -1,0 +1,110 @@
+"""Algorithm 1 after its forward pass: from a Gram matrix to picked samples and their weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from composer_gradmatch.matching.gram_omp import (
+    Solver,
+    effective_sample_size,
+    gram_omp,
+    matching_residual,
+    normalize_weights,
+)
+from composer_gradmatch.matching.on_device import fixed_omp
+from composer_gradmatch.spans import span
+
+__all__ = ["Match", "match_mean_gradient", "match_on_device"]
+
+
+@dataclass(frozen=True)
+class Match:
+    """The samples that match a minibatch's mean gradient.
+
+    Attributes:
+        indices (torch.Tensor): I, int64, shape (n,), in the order picked.
+        weights (torch.Tensor): w ≥ 0, float64, shape (n,), with sum n.
+        residual (torch.Tensor): ‖(1/n)Σwᵢgᵢ − ḡ‖² / ‖ḡ‖² of the last-layer gradients, a scalar.
+        found (torch.Tensor, optional): Whether there was a mean gradient to match, a boolean scalar; None where there
+            was. Default: ``None``.
+    """
+
+    indices: torch.Tensor
+    weights: torch.Tensor
+    residual: torch.Tensor
+    found: torch.Tensor | None = None
+
+    def metrics(self, num_samples: int) -> dict[str, torch.Tensor]:
+        """What to log of the match: scalars on the device of the weights.
+
+        Args:
+            num_samples (int): M.
+        """
+        matched = (self.weights > 0).sum(dtype=torch.float64)
+        return {
+            "fraction_kept": matched / num_samples,
+            "effective_sample_size": effective_sample_size(self.weights),
+            # Relative to the mean of those that are not zero.
+            "largest_weight": self.weights.max() * matched / len(self.weights),
+            "matching_residual": self.residual,
+        }
+
+
+def match_mean_gradient(
+    gram: torch.Tensor, num_picks: int, *, solver: Solver = "omp", ridge: float = 0.0, tolerance: float = 0.0
+) -> Match | None:
+    """Picks on the host, where each step can see what the one before has found.
+
+    Weights are clipped at zero and normalised to sum to the number of samples that are left.
+
+    Args:
+        gram (torch.Tensor): K of the samples' last-layer gradients, shape (M, M), float64.
+        num_picks (int): m, the largest number of picks.
+        solver (str, optional): See :func:`.gram_omp`. Default: ``"omp"``.
+        ridge (float, optional): See :func:`.gram_omp`. Default: ``0.0``.
+        tolerance (float, optional): See :func:`.gram_omp`. Default: ``0.0``.
+
+    Returns:
+        Match | None: The picks, on the CPU, or None if the mean gradient is zero: there is nothing to match.
+
+    Raises:
+        ValueError: If the Gram matrix is not finite.
+    """
+    with span("matching"):
+        gram = gram.cpu()
+        target = gram.mean(1)
+        indices, weights = gram_omp(gram, target, num_picks, solver=solver, ridge=ridge, tolerance=tolerance)
+    indices, weights = indices[weights > 0], weights[weights > 0]
+    if not len(indices):
+        return None
+    weights = normalize_weights(weights)
+    return Match(indices, weights, matching_residual(gram, target, indices, weights))
+
+
+def match_on_device(gram: torch.Tensor, num_picks: int, *, ridge: float = 0.0) -> Match:
+    """Picks on the device of the Gram matrix, which the host does not wait for.
+
+    So there are always m picks: with weight zero where matching pursuit stops early or its weight is clipped, and
+    with weights one if there is nothing to match. The weights sum to m, so the weighted mean over the m samples is
+    that over the samples of positive weight. Samples of weight zero still count where a batch counts its samples by
+    other means: in BatchNorm's statistics, and in a loss divided by its class weights or labelled positions.
+
+    Args:
+        gram (torch.Tensor): K of the samples' last-layer gradients, shape (M, M), float64; finite or not.
+        num_picks (int): m, the number of picks.
+        ridge (float, optional): See :func:`.gram_omp`. Default: ``0.0``.
+
+    Returns:
+        Match: The picks, on the device of ``gram``.
+    """
+    with span("matching"):
+        target = gram.mean(1)
+        indices, weights = fixed_omp(gram, target, num_picks, ridge)
+    clipped = weights.clamp(min=0)
+    largest = clipped.max()
+    found = gram.isfinite().all() & (largest > 0)
+    clipped = clipped / largest
+    weights = torch.where(found, clipped * (num_picks / clipped.sum()), 1.0)
+    return Match(indices, weights, matching_residual(gram, target, indices, weights), found)

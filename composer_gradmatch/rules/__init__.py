@@ -1,0 +1,1 @@
+"""What to pick of a minibatch: a file a rule, from what is known of its samples to weighted picks."""
