@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 from composer.core import State
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from composer_gradmatch.forward.torch_private import BATCH_NORMS
 from composer_gradmatch.rules.picks import Selection
 
 __all__ = ["enough_samples", "fewest_in_a_microbatch", "fill_up", "num_microbatches", "smallest_microbatch"]
@@ -47,7 +47,7 @@ def fewest_in_a_microbatch(model: nn.Module) -> int:
     Args:
         model (nn.Module): The model.
     """
-    return 2 if any(isinstance(module, _BatchNorm) and module.training for module in model.modules()) else 1
+    return 2 if any(isinstance(module, BATCH_NORMS) and module.training for module in model.modules()) else 1
 
 
 def enough_samples(num_picks: int, num_samples: int, state: State, fewest: int, microbatches: int = 1) -> int:

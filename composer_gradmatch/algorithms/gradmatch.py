@@ -9,7 +9,6 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch._functorch.config
 from composer.algorithms import LabelSmoothing
 from composer.core import Algorithm, Event, Precision, State
 from torch import nn
@@ -25,6 +24,7 @@ from composer_gradmatch.forward.sample_checks import (
     find_dependence_on_batch,
     normalised_by_running_statistics,
 )
+from composer_gradmatch.forward.torch_private import changed_a_leaf_in_place, keeping_graphs
 from composer_gradmatch.forward.traceless import Moment, check_scale_factor, no_trace, scale_inputs, unwrap
 from composer_gradmatch.last_layer import OutputLayerTap, last_layer_gram, resolve_output_layer
 from composer_gradmatch.last_layer.gradients import LayerGradients, gram_of_all
@@ -336,7 +336,7 @@ class GradMatch(TwoPassBackprop):
 
     def _rehearse(self, state: State, num_samples: int, num_picks: int) -> None:
         # A compiled model's graph could otherwise not be kept for the second backward pass of a comparison.
-        with torch._functorch.config.patch(donated_buffer=False):
+        with keeping_graphs():
             super()._rehearse(state, num_samples, num_picks)
 
     def _shows_rows(self, state: State, batch: Any, num_samples: int) -> bool:
@@ -419,7 +419,7 @@ class GradMatch(TwoPassBackprop):
                         inputs, grads = tap.inputs_and_grads(losses)
                     del outputs, losses  # And with them the graph of the loss, which holds copies of the output.
             except (RuntimeError, ValueError) as error:
-                if self._changed_in_place or "used in an in-place operation" not in str(error):
+                if self._changed_in_place or not changed_a_leaf_in_place(error):
                     raise
                 self._changed_in_place = True
                 return last_layer_gradients(batch, n)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from composer.algorithms import EMA
-from composer.algorithms.ghost_batchnorm.ghost_batchnorm import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from composer.core import Event, State
 from composer.loggers import Logger
 from torch import nn
+
+from composer_gradmatch.forward.composer_private import GHOST_BATCH_NORMS
 
 __all__ = ["activate_training_weights", "ghost_batch_size", "smallest_microbatch"]
 
@@ -31,8 +34,8 @@ def ghost_batch_size(model: nn.Module) -> int:
     Args:
         model (nn.Module): The model.
     """
-    layers = (GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d)
-    return max((module.ghost_batch_size for module in model.modules() if isinstance(module, layers)), default=1)
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, GHOST_BATCH_NORMS)]
+    return max((layer.ghost_batch_size for layer in layers), default=1)
 
 
 def smallest_microbatch(num_samples: int, microbatch_size: float | None) -> int:

@@ -31,6 +31,7 @@ from composer_gradmatch.forward.losses import (
     weighted_loss,
 )
 from composer_gradmatch.forward.sample_checks import Rows, check_rows
+from composer_gradmatch.forward.torch_private import is_from_cuda
 from composer_gradmatch.forward.traceless import (
     Generators,
     Moment,
@@ -449,7 +450,7 @@ class TwoPassBackprop(SubsetBackprop):
         try:
             return model(batch)
         except RuntimeError as error:
-            if self.scale_factor == 1 or isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error):
+            if self.scale_factor == 1 or isinstance(error, torch.OutOfMemoryError) or is_from_cuda(error):
                 raise
             raise ValueError(
                 f"The model failed on inputs downsampled by scale_factor={self.scale_factor}: {error}. If it takes "

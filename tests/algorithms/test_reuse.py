@@ -34,6 +34,7 @@ from transformers import BertForSequenceClassification
 
 from composer_gradmatch import GradMatch, LossBackprop, select_first
 from composer_gradmatch.benchmarks.peak import PeakMemory
+from composer_gradmatch.reuse import verification
 from composer_gradmatch.reuse.inductor import InductorGraph
 from composer_gradmatch.reuse.unsupported import UnsupportedError
 
@@ -431,7 +432,7 @@ def test_an_error_while_verifying_is_no_error_of_the_run(monkeypatch, served):
     def broken(*_):
         raise TypeError("unheard of")
 
-    monkeypatch.setattr("composer_gradmatch.reuse.single_pass.check_gradients", broken)
+    monkeypatch.setattr("composer_gradmatch.reuse.verification.check_gradients", broken)
     models = [CONV.model(), CONV.model()]
     trained(models[0], loader(CONV.data(M), M), [always(reuse=False)], max_duration="2ba")
     with pytest.warns(UserWarning, match="could not be verified: TypeError: unheard of"):
@@ -443,9 +444,10 @@ def test_an_error_while_verifying_is_no_error_of_the_run(monkeypatch, served):
 @pytest.mark.parametrize("broken", [False, True])
 def test_draws_of_the_selection_are_not_repeated_after_a_verification(broken, monkeypatch):
     """Steps 1 and 7 are verified; of a model without dropout nothing else draws."""
-    monkeypatch.setattr("composer_gradmatch.reuse.sliced_backward.FIRST_REVERIFICATION", 7)
+    monkeypatch.setattr("composer_gradmatch.reuse.graphs.FIRST_REVERIFICATION", 7)
     if broken:
-        monkeypatch.setattr("composer_gradmatch.reuse.single_pass.check_outputs", lambda *_: 1 / 0)
+        monkeypatch.setattr("composer_gradmatch.reuse.output_checks.check_outputs", lambda *_: 1 / 0)
+        monkeypatch.setattr("composer_gradmatch.reuse.verification.check_outputs", lambda *_: 1 / 0)
     picks = []
     for reuse in (False, True):
         algorithm = always(LossBackprop, reuse=reuse, beta=0.0)
@@ -478,9 +480,7 @@ def test_an_error_within_a_step_leaves_a_model_that_others_can_train(served):
 
 def test_gradients_are_verified_again_and_the_run_goes_on_in_two_passes(monkeypatch, served):
     """As where samples are mixed only once some value has grown, which nothing shows before."""
-    from composer_gradmatch.reuse import single_pass
-
-    steps, original = [], single_pass.check_gradients
+    steps, original = [], verification.check_gradients
 
     def check(*args):
         steps.append(len(served))
@@ -488,8 +488,8 @@ def test_gradients_are_verified_again_and_the_run_goes_on_in_two_passes(monkeypa
         if len(steps) == 2:
             raise UnsupportedError("grown")
 
-    monkeypatch.setattr(single_pass, "check_gradients", check)
-    monkeypatch.setattr("composer_gradmatch.reuse.sliced_backward.FIRST_REVERIFICATION", 10)
+    monkeypatch.setattr(verification, "check_gradients", check)
+    monkeypatch.setattr("composer_gradmatch.reuse.graphs.FIRST_REVERIFICATION", 10)
     with pytest.warns(UserWarning, match="two forward passes are made: grown"):
         trained(MLP.model(), loader(MLP.data(M), M), [always()], max_duration="12ba")
     assert steps == [0, 9]
