@@ -11,7 +11,7 @@ from composer import Trainer
 from composer.utils import dist
 from torch import nn
 
-__all__ = ["GHOST_BATCH_NORMS", "check_step", "generated_run_name", "step_of", "unwrap_step", "wrap_step"]
+__all__ = ["check_step", "generated_run_name", "ghost_batch_size", "step_of", "unwrap_step", "wrap_step"]
 
 
 def _ghost_batch_norms() -> tuple[type[nn.Module], ...]:
@@ -27,7 +27,18 @@ def _ghost_batch_norms() -> tuple[type[nn.Module], ...]:
 
 
 #: The layers that Composer's ``GhostBatchNorm`` puts into a model. Without them no layer is taken for one.
-GHOST_BATCH_NORMS = _ghost_batch_norms()
+_GHOST_BATCH_NORMS = _ghost_batch_norms()
+
+
+def ghost_batch_size(model: nn.Module) -> int:
+    """The fewest samples that a model's ``GhostBatchNorm`` layers take at once; 1 if it has none.
+
+    Args:
+        model (nn.Module): The model.
+    """
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, _GHOST_BATCH_NORMS)]
+    return max((layer.ghost_batch_size for layer in layers), default=1)
+
 
 #: The Trainer's method that makes a step.
 _STEP = "_train_batch"
