@@ -55,7 +55,7 @@ def test_minibatches_of_many_lengths(case, served):
     """As dynamic padding makes them: the model is captured for the first, and once for all others."""
 
     def batches():
-        for i, length in enumerate([6, 7, 5, 4, 6, 7]):
+        for i, length in enumerate([6, 7, 5, 6]):
             batch = case.batch(10, seed=i)
             yield {key: value[:, -length:].contiguous() if value.dim() == 2 else value for key, value in batch.items()}
 
@@ -66,9 +66,9 @@ def test_minibatches_of_many_lengths(case, served):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             watcher = GraphsOf(algorithm, runs)
-            trained(model, data, [algorithm], max_duration="2ep", callbacks=[watcher], device_train_microbatch_size=10)
+            trained(model, data, [algorithm], max_duration="1ep", callbacks=[watcher], device_train_microbatch_size=10)
         assert not [each for each in caught if "two forward passes" in str(each.message)]
         models.append(model)
-    assert served == [4] * 12
+    assert served == [4] * 4
     assert len(set(runs)) == 2
     assert_same_parameters(*models)
