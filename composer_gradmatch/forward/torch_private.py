@@ -25,6 +25,7 @@ __all__ = [
     "compiled_by_inductor",
     "is_from_cuda",
     "is_limit_of_captures",
+    "is_of_compiler",
     "keeping_graphs",
     "raised_by_backend",
     "raised_by_worker",
@@ -91,9 +92,9 @@ def keeping_graphs() -> AbstractContextManager[Any]:
     """
     try:
         config: Any = import_module("torch._functorch.config")
-        return config.patch(donated_buffer=False)
-    except (ImportError, AttributeError):
+    except ImportError:
         return nullcontext()
+    return config.patch(donated_buffer=False) if hasattr(config, "donated_buffer") else nullcontext()
 
 
 def boxed(function: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
@@ -111,6 +112,11 @@ def compiled_by_inductor(forward: Callable[..., Any]) -> bool:
     """Whether a function was compiled by Inductor, and not by another backend or not at all."""
     compiler_config = getattr(forward, "get_compiler_config", None)
     return compiler_config is not None and compiler_config() is not None
+
+
+def is_of_compiler(module: str) -> bool:
+    """Whether a module, by its name, is a part of what ``torch.compile`` calls."""
+    return module.startswith(("torch._dynamo", "torch._inductor"))
 
 
 def reads_environment(guards: Any) -> bool:

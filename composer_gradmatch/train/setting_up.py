@@ -15,6 +15,7 @@ from composer.loggers import Logger
 from composer.models import ComposerModel
 from torch.utils.data import DataLoader, TensorDataset
 
+from composer_gradmatch.forward.torch_private import is_of_compiler
 from composer_gradmatch.train.builders import resolve
 from composer_gradmatch.train.config import ConfigError, one_line, parse_time
 from composer_gradmatch.train.refusals import frames_of, refusing, touches_users_code
@@ -163,7 +164,7 @@ def refusing_key(config: dict[str, Any], error: BaseException) -> str | None:
             return "load_path"
         if module == "composer.callbacks.checkpoint_saver":
             return "save_filename" if frame.f_code.co_name == "fit_start" else "save_folder"
-        if module.startswith(("torch._dynamo", "torch._inductor")) and config.get("compile_config") is not None:
+        if is_of_compiler(module) and config.get("compile_config") is not None:
             return "compile_config"
     return None
 
