@@ -8,6 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import composer.algorithms  # noqa: F401  # Which itself needs what is taken away below.
 import torch
 from composer.trainer import trainer as composer_trainer
 from torch.nn.modules import batchnorm
