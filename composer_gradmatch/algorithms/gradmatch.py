@@ -26,9 +26,14 @@ from composer_gradmatch.forward.sample_checks import (
     normalised_by_running_statistics,
 )
 from composer_gradmatch.forward.traceless import Moment, check_scale_factor, no_trace, scale_inputs, unwrap
-from composer_gradmatch.last_layer import OutputLayerTap, last_layer_gram, resolve_output_layer
+from composer_gradmatch.last_layer import (
+    CheckedTap,
+    OutputLayerTap,
+    last_layer_gram,
+    observe_output_layer,
+    resolve_output_layer,
+)
 from composer_gradmatch.last_layer.gradients import LayerGradients, gram_of_all
-from composer_gradmatch.last_layer.output_layer import CheckedTap, observe_output_layer
 from composer_gradmatch.matching import Solver, check_solver
 from composer_gradmatch.matching.weighted_picks import Match, match_mean_gradient, match_on_device
 from composer_gradmatch.spans import span
