@@ -10,8 +10,7 @@ from torch import nn
 from composer_gradmatch.forward.ranks import unwrap
 from composer_gradmatch.forward.selection_pass import SelectionPass
 from composer_gradmatch.forward.traceless import no_trace
-from composer_gradmatch.last_layer import OutputLayerTap, resolve_output_layer
-from composer_gradmatch.last_layer.output_layer import CheckedTap, observe_output_layer
+from composer_gradmatch.last_layer import CheckedTap, OutputLayerTap, observe_output_layer, resolve_output_layer
 
 __all__ = ["WatchedLayer"]
 
