@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ from documents import (
     width_problems,
     yaml_problems,
 )
+
+import composer_gradmatch
 
 every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 FOLDERS = sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))
@@ -96,6 +99,7 @@ def test_the_readme_is_short():
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_every_folder_has_a_readme_that_the_first_one_and_contributing_link_to(folder):
     assert (folder / "README.md").is_file()
+    assert (Path(composer_gradmatch.__file__).parent / folder.name / "README.md").is_file(), "not in the wheel"
     target = f"composer_gradmatch/{folder.name}/README.md"
     assert target in (ROOT / "README.md").read_text()
     assert target in (ROOT / ".github/CONTRIBUTING.md").read_text()
