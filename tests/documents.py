@@ -289,16 +289,23 @@ def option_problems(text: str, known: str) -> list[str]:
 
 def all_help() -> str:
     """The help texts of all command lines."""
+    return "\n".join(
+        [
+            launcher._get_parser().format_help(),
+            *(
+                _help(main, name, "--help")
+                for main in (studies.main, benchmarks.main)
+                for name in re.findall(r"^ {4}([a-z][\w-]*)", _help(main, "--help"), re.MULTILINE)
+            ),
+        ]
+    )
+
+
+def _help(main: Callable[[list[str]], int], *words: str) -> str:
     said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        for main, names in (
-            (studies.main, ("accuracy", "learning-rate", "gradient-error", "step-time")),
-            (benchmarks.main, ("omp", "memory", "solvers", "greedy")),
-        ):
-            for name in names:
-                with contextlib.suppress(SystemExit):
-                    main([name, "--help"])
-    return said.getvalue() + launcher._get_parser().format_help()
+    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+        main(list(words))
+    return said.getvalue()
 
 
 def file_problems(text: str, path: Path) -> list[str]:
