@@ -6,8 +6,8 @@ import copy
 import inspect
 from typing import Any
 
-from composer_gradmatch.train.builders import resolve
 from composer_gradmatch.train.config import ConfigError
+from composer_gradmatch.train.registry import resolve
 
 __all__ = ["REUSE", "STRATEGIES", "selecting_entry", "strategy_entry", "with_strategy"]
 

@@ -15,9 +15,9 @@ from composer.loggers import Logger
 from composer.models import ComposerModel
 from torch.utils.data import DataLoader, TensorDataset
 
-from composer_gradmatch.train.builders import resolve
 from composer_gradmatch.train.config import ConfigError, one_line, parse_time
 from composer_gradmatch.train.refusals import frames_of, refusing, touches_users_code
+from composer_gradmatch.train.registry import resolve
 
 __all__ = ["BatchesBegun", "check_samples", "refusing_key", "setting_up"]
 

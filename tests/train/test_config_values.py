@@ -14,10 +14,11 @@ from torch.utils.data import Dataset
 
 from composer_gradmatch import GradMatch
 from composer_gradmatch.train import main, train
-from composer_gradmatch.train.builders import TABLES, check_entries
 from composer_gradmatch.train.config import ConfigError, load_config, matches, parse_time
 from composer_gradmatch.train.refusals import frames_of, touches_users_code
+from composer_gradmatch.train.registry import TABLES
 from composer_gradmatch.train.schema import check_config
+from composer_gradmatch.train.section_checks import check_entries
 from composer_gradmatch.train.value_rules import overwriting_problem
 
 BAD = [
