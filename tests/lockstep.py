@@ -18,7 +18,7 @@ from oracles import brute_force_omp, clip_and_normalize, per_sample_gradients
 from torch.utils.data import DataLoader
 
 from composer_gradmatch import select_first
-from composer_gradmatch.algorithms.subset_backprop import Selection
+from composer_gradmatch.algorithms.subset_backprop import Picks
 
 LR = 0.1
 
@@ -29,7 +29,7 @@ class Picks:
     def __init__(self, algorithm):
         self.algorithm = algorithm
 
-    def take(self) -> Selection | None:
+    def take(self) -> Picks | None:
         """What was selected since the last call; None if the minibatch was trained whole."""
         if self.algorithm is None:
             return None

@@ -13,7 +13,7 @@ from composer.core import State
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from composer_gradmatch.rules.picks import Selection
+from composer_gradmatch.rules.picks import Picks
 
 __all__ = ["enough_samples", "fewest_in_a_microbatch", "fill_up", "num_microbatches", "smallest_microbatch"]
 
@@ -71,20 +71,20 @@ def enough_samples(num_picks: int, num_samples: int, state: State, fewest: int, 
     return num_picks
 
 
-def fill_up(selection: Selection, num_samples: int, wanted: int, growth: float | None = None) -> Selection:
+def fill_up(selection: Picks, num_samples: int, wanted: int, growth: float | None = None) -> Picks:
     """Adds samples that were not picked: to picks with weights, with weight zero; to others as picks of their own.
 
     The other weights grow, so that the weighted mean over all of them is what it was.
 
     Args:
-        selection (Selection): n picks of M samples.
+        selection (Picks): n picks of M samples.
         num_samples (int): M.
         wanted (int): The number of samples to come to, at least n.
         growth (float, optional): What to multiply the weights by, where the mean is over more than these samples (over
             those of all ranks); None for wanted/n. Default: ``None``.
 
     Returns:
-        Selection: With its weights and those of the samples that were added.
+        Picks: With its weights and those of the samples that were added.
     """
     n = len(selection.indices)
     growth = wanted / n if growth is None else growth

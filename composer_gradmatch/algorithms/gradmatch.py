@@ -15,7 +15,7 @@ from composer.core import Algorithm, Event, Precision, State
 from torch import nn
 
 from composer_gradmatch.algorithms.schedule import Clock
-from composer_gradmatch.algorithms.subset_backprop import Selection, WholeBatch
+from composer_gradmatch.algorithms.subset_backprop import Picks, WholeBatch
 from composer_gradmatch.algorithms.two_pass_backprop import TwoPassBackprop
 from composer_gradmatch.batches import copy_batch
 from composer_gradmatch.forward.losses import LossFn, check_objective
@@ -461,7 +461,7 @@ class GradMatch(TwoPassBackprop):
         """Whether the host need not know what is picked: the number of picks is fixed, and the solver a kernel."""
         return state.device.name == "gpu" and self.solver == "omp" and self.tolerance == 0
 
-    def _select(self, state: State, num_samples: int, num_picks: int) -> Selection | WholeBatch:
+    def _select(self, state: State, num_samples: int, num_picks: int) -> Picks | WholeBatch:
         gradients = self._gradients_of_one_pass(state, num_samples)
         if gradients is None:
             match = self._match(state, num_samples, num_picks)
@@ -471,4 +471,4 @@ class GradMatch(TwoPassBackprop):
             return WholeBatch()
         if isinstance(match, WholeBatch):
             return match
-        return Selection(match.indices, match.weights, match.metrics(num_samples), match.found)
+        return Picks(match.indices, match.weights, match.metrics(num_samples), match.found)

@@ -9,7 +9,7 @@ from composer.core import Precision, State
 from composer.utils import dist
 
 from composer_gradmatch.algorithms.schedule import Clock
-from composer_gradmatch.algorithms.subset_backprop import Selection, WholeBatch
+from composer_gradmatch.algorithms.subset_backprop import Picks, WholeBatch
 from composer_gradmatch.algorithms.two_pass_backprop import TwoPassBackprop
 from composer_gradmatch.batches import copy_batch, map_tensors
 from composer_gradmatch.forward.losses import LossFn
@@ -207,7 +207,7 @@ class LossBackprop(TwoPassBackprop):
             )
         return not mixed
 
-    def _select(self, state: State, num_samples: int, num_picks: int) -> Selection | WholeBatch:
+    def _select(self, state: State, num_samples: int, num_picks: int) -> Picks | WholeBatch:
         once = self._once(state, num_samples, lambda _, losses: losses.detach().to("cpu", torch.float64))
         losses = self._losses(state, num_samples) if once is None else once
         if not losses.isfinite().all():
@@ -215,8 +215,8 @@ class LossBackprop(TwoPassBackprop):
         if not self.history:
             order = torch.argsort(losses)
             ranks = torch.arange(0.5, num_samples, dtype=torch.float64) / num_samples
-            return Selection(order[select_by_percentile(ranks, num_picks, self.beta)])
+            return Picks(order[select_by_percentile(ranks, num_picks, self.beta)])
         # A minibatch larger than R is ranked within itself: each of its losses belongs to the distribution.
         recent = torch.cat([self._recent, losses])[-max(self.history, num_samples) :]
         self._recent = recent[-self.history :]
-        return Selection(select_by_percentile(loss_percentiles(losses, recent), num_picks, self.beta))
+        return Picks(select_by_percentile(loss_percentiles(losses, recent), num_picks, self.beta))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from composer.core import State
 
-from composer_gradmatch.algorithms.subset_backprop import Selection, SubsetBackprop
+from composer_gradmatch.algorithms.subset_backprop import Picks, SubsetBackprop
 
 __all__ = ["RandomBackprop", "select_at_random"]
 
@@ -52,5 +52,5 @@ class RandomBackprop(SubsetBackprop):
 
     log_name = "random_backprop"
 
-    def _select(self, state: State, num_samples: int, num_picks: int) -> Selection:
-        return Selection(select_at_random(num_samples, num_picks))
+    def _select(self, state: State, num_samples: int, num_picks: int) -> Picks:
+        return Picks(select_at_random(num_samples, num_picks))

@@ -36,10 +36,10 @@ from composer_gradmatch.forward.traceless import (
     sum_on_all_ranks,
     unwrap,
 )
-from composer_gradmatch.rules.picks import Selection, WholeBatch
+from composer_gradmatch.rules.picks import Picks, WholeBatch
 from composer_gradmatch.spans import span
 
-__all__ = ["Selection", "SubsetBackprop", "WholeBatch"]
+__all__ = ["Picks", "SubsetBackprop", "WholeBatch"]
 
 
 class SubsetBackprop(Algorithm):
@@ -63,7 +63,7 @@ class SubsetBackprop(Algorithm):
             batches within an epoch, too. Default: ``"duration"``.
 
     Attributes:
-        last_selection (Selection, optional): The picks of the last minibatch that was selected from: indices, weights
+        last_selection (Picks, optional): The picks of the last minibatch that was selected from: indices, weights
             and metrics; None if that was trained whole.
 
     Raises:
@@ -113,7 +113,7 @@ class SubsetBackprop(Algorithm):
         self.batches_trained_whole = 0
         self.batches_not_matched = 0
         #: The picks of the last minibatch that was selected from; None if that was trained whole.
-        self.last_selection: Selection | None = None
+        self.last_selection: Picks | None = None
         self._warned: set[str] = set()
         self._not_per_sample: set[str] = set()
         self._reset_fit()
@@ -142,7 +142,7 @@ class SubsetBackprop(Algorithm):
         self._to_log: tuple[dict[str, float | torch.Tensor], torch.Tensor, int] | None = None
 
     @abstractmethod
-    def _select(self, state: State, num_samples: int, num_picks: int) -> Selection | WholeBatch:
+    def _select(self, state: State, num_samples: int, num_picks: int) -> Picks | WholeBatch:
         """Picks ``num_picks`` of the ``num_samples`` samples of ``state.batch``."""
 
     def _rehearse(self, state: State, num_samples: int, num_picks: int) -> None:
@@ -281,7 +281,7 @@ class SubsetBackprop(Algorithm):
             return
 
         selection = self._select(state, num_samples, num_picks)
-        picked = len(selection.indices) if isinstance(selection, Selection) else 0
+        picked = len(selection.indices) if isinstance(selection, Picks) else 0
         selection = self._with_enough_samples(state, selection, num_samples)
         if isinstance(selection, WholeBatch):
             self._step_size = num_samples
@@ -369,11 +369,11 @@ class SubsetBackprop(Algorithm):
         return max(self._ghost_batch_size, fewest_in_a_microbatch(unwrap(state.model)))
 
     def _with_enough_samples(
-        self, state: State, selection: Selection | WholeBatch, num_samples: int
-    ) -> Selection | WholeBatch:
+        self, state: State, selection: Picks | WholeBatch, num_samples: int
+    ) -> Picks | WholeBatch:
         """The selection, filled up where its step needs more samples; the whole minibatch where it has not as many."""
         size = state.device_train_microbatch_size
-        picked = len(selection.indices) if isinstance(selection, Selection) else num_samples
+        picked = len(selection.indices) if isinstance(selection, Picks) else num_samples
         fewest = self._fewest(state, picked)
         microbatches = num_microbatches(picked, size)
         in_step, growth = self._ranks_stay_in_step(state), 1.0
@@ -415,7 +415,7 @@ class SubsetBackprop(Algorithm):
         size = state.device_train_microbatch_size
         return size is not None and size < self._largest_batch
 
-    def _after_selection(self, state: State, selection: Selection) -> None:
+    def _after_selection(self, state: State, selection: Picks) -> None:
         """Does what follows once ``state.batch`` is that of the picks."""
 
     def _estimated_cost(self, num_samples: int, num_picks: int) -> float:

@@ -16,7 +16,7 @@ from torch import nn
 
 from composer_gradmatch.algorithms.enough_samples import fewest_in_a_microbatch
 from composer_gradmatch.algorithms.schedule import Clock
-from composer_gradmatch.algorithms.subset_backprop import Selection, SubsetBackprop
+from composer_gradmatch.algorithms.subset_backprop import Picks, SubsetBackprop
 from composer_gradmatch.batches import copy_batch, count_samples, describe_targets, take_samples
 from composer_gradmatch.batches.given_batch import GivenBatch
 from composer_gradmatch.forward.huggingface_losses import huggingface_losses
@@ -242,7 +242,7 @@ class TwoPassBackprop(SubsetBackprop):
         """The layer whose inputs and output gradients the selection needs."""
         return None
 
-    def _after_selection(self, state: State, selection: Selection) -> None:
+    def _after_selection(self, state: State, selection: Picks) -> None:
         single = self._single_pass
         if single is None or not single.pending:
             return

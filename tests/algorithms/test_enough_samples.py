@@ -17,7 +17,7 @@ from composer_gradmatch.algorithms.enough_samples import (
     num_microbatches,
     smallest_microbatch,
 )
-from composer_gradmatch.rules.picks import Selection
+from composer_gradmatch.rules.picks import Picks
 
 
 def state(size):
@@ -54,20 +54,20 @@ def test_filling_up_keeps_the_weighted_mean(n, more):
     generator = torch.Generator().manual_seed(n)
     values = torch.randn(25, generator=generator).double()
     indices, weights = torch.randperm(25, generator=generator)[:n], torch.rand(n, generator=generator).double()
-    filled = fill_up(Selection(indices, weights), 25, n + more)
+    filled = fill_up(Picks(indices, weights), 25, n + more)
     assert len(set(filled.indices.tolist())) == n + more
     torch.testing.assert_close((filled.weights * values[filled.indices]).mean(), (weights * values[indices]).mean())
 
 
 @given(n=st.integers(1, 10), more=st.integers(0, 10))
 def test_picks_without_weights_are_filled_up_with_more_of_them(n, more):
-    filled = fill_up(Selection(torch.arange(25)[-n:]), 25, n + more)
+    filled = fill_up(Picks(torch.arange(25)[-n:]), 25, n + more)
     assert filled.weights is None
     assert len(set(filled.indices.tolist())) == n + more
 
 
 def test_weights_grow_by_what_the_mean_over_all_ranks_asks_for():
-    filled = fill_up(Selection(torch.tensor([3]), torch.ones(1).double()), 5, 1, growth=1.5)
+    filled = fill_up(Picks(torch.tensor([3]), torch.ones(1).double()), 5, 1, growth=1.5)
     assert filled.weights.tolist() == [1.5]
 
 

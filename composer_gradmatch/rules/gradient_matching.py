@@ -1,0 +1,42 @@
+"""Gradient matching: the weighted samples whose mean gradient best matches the whole minibatch's (Algorithm 1)."""
+
+from __future__ import annotations
+
+from composer_gradmatch.matching import Solver
+from composer_gradmatch.matching.weighted_picks import match_mean_gradient, match_on_device
+from composer_gradmatch.rules.candidates import Candidates
+from composer_gradmatch.rules.picks import Picks, WholeBatch
+
+__all__ = ["gradient_matching"]
+
+
+def gradient_matching(
+    candidates: Candidates, m: int, *, solver: Solver = "omp", ridge: float = 0.0, tolerance: float = 0.0
+) -> Picks | WholeBatch:
+    """Picks by orthogonal matching pursuit on K (Algorithm 2 of Balles et al., 2023).
+
+    Weights are clipped at zero and normalised to sum to the number of picks. On a GPU, with ``solver="omp"`` and no
+    tolerance, there are always m picks, and the host does not wait for them: see :func:`.match_on_device`.
+
+    Args:
+        candidates (Candidates): With gradients.
+        m (int): The largest number of picks.
+        solver (str | Callable, optional): See :func:`.gram_omp`. Default: ``"omp"``.
+        ridge (float, optional): See :func:`.gram_omp`. Default: ``0.0``.
+        tolerance (float, optional): See :func:`.gram_omp`. Default: ``0.0``.
+
+    Returns:
+        Picks | WholeBatch: The minibatch whole where its mean gradient is zero, or gradients are not finite.
+    """
+    gram = candidates.gram
+    if gram.is_cuda and solver == "omp" and tolerance == 0:
+        match = match_on_device(gram, m, ridge=ridge)
+    elif not candidates.finite:
+        return WholeBatch(
+            "a minibatch has last-layer gradients that are not finite; it and others like it are trained whole."
+        )
+    else:
+        match = match_mean_gradient(gram, m, solver=solver, ridge=ridge, tolerance=tolerance)
+    if match is None:
+        return WholeBatch()
+    return Picks(match.indices, match.weights, match.metrics(candidates.num_samples), match.found)
