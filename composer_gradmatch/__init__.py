@@ -8,17 +8,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from composer_gradmatch.algorithms.gradmatch import GradMatch, select_using_gradient_matching
+    from composer_gradmatch.algorithms.functional import select_using_gradient_matching
+    from composer_gradmatch.algorithms.gradmatch import GradMatch
     from composer_gradmatch.algorithms.loss_backprop import LossBackprop
     from composer_gradmatch.algorithms.random_backprop import RandomBackprop
+    from composer_gradmatch.algorithms.rule_backprop import RuleBackprop
     from composer_gradmatch.algorithms.select_first import select_first
     from composer_gradmatch.last_layer import last_layer_gram
     from composer_gradmatch.matching import gram_omp, normalize_weights
+    from composer_gradmatch.rules.candidates import Candidates
+    from composer_gradmatch.rules.picks import Picks, WholeBatch
+    from composer_gradmatch.rules.rule import Rule
 
 __all__ = [
+    "Candidates",
     "GradMatch",
     "LossBackprop",
+    "Picks",
     "RandomBackprop",
+    "Rule",
+    "RuleBackprop",
+    "WholeBatch",
     "gram_omp",
     "last_layer_gram",
     "normalize_weights",
@@ -28,14 +38,19 @@ __all__ = [
 
 #: Public name → the module that has it.
 _MODULES = {
+    "Candidates": "rules.candidates",
     "GradMatch": "algorithms.gradmatch",
     "LossBackprop": "algorithms.loss_backprop",
+    "Picks": "rules.picks",
     "RandomBackprop": "algorithms.random_backprop",
+    "Rule": "rules.rule",
+    "RuleBackprop": "algorithms.rule_backprop",
+    "WholeBatch": "rules.picks",
     "gram_omp": "matching",
     "last_layer_gram": "last_layer",
     "normalize_weights": "matching",
     "select_first": "algorithms.select_first",
-    "select_using_gradient_matching": "algorithms.gradmatch",
+    "select_using_gradient_matching": "algorithms.functional",
 }
 #: Folders that ``import composer_gradmatch`` alone gives access to.
 _FOLDERS = ("last_layer", "matching")

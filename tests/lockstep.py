@@ -18,12 +18,12 @@ from oracles import brute_force_omp, clip_and_normalize, per_sample_gradients
 from torch.utils.data import DataLoader
 
 from composer_gradmatch import select_first
-from composer_gradmatch.algorithms.subset_backprop import Picks
+from composer_gradmatch.rules.picks import Picks
 
 LR = 0.1
 
 
-class Picks:
+class CurrentPicks:
     """The selection of the current step: the only place that knows how a strategy tells it."""
 
     def __init__(self, algorithm):
@@ -94,7 +94,7 @@ class Lockstep(Callback):
     def __post_init__(self):
         self.reference = copy.deepcopy(self.model).double()
         self.batches = self.row.make_batches(self.row.steps)
-        self.picks = Picks(self.algorithm)
+        self.picks = CurrentPicks(self.algorithm)
         self.seen, self.served = 0, False
 
     def before_dataloader(self, state, logger):

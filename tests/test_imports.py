@@ -20,12 +20,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "forward": {"batches", "spans"},
     "reuse": {"batches", "forward"},
     "candidates": {"batches", "forward", "last_layer", "reuse", "rules", "spans"},
-    "algorithms": {"batches", "candidates", "forward", "last_layer", "matching", "reuse", "rules", "spans"},
+    "algorithms": {"batches", "candidates", "forward", "last_layer", "matching", "rules", "spans"},
     "models": set(),
     "data": {"models"},
     "train": {"algorithms", "batches", "data", "models", "rules"},
     "studies": {"algorithms", "batches", "data", "forward", "last_layer", "rules", "spans", "train"},
-    "benchmarks": {"algorithms", "data", "last_layer", "matching", "models", "train"},
+    "benchmarks": {"algorithms", "candidates", "data", "last_layer", "matching", "models", "rules", "train"},
 }
 MAY_IMPORT = {folder: {folder, *others} for folder, others in MAY_IMPORT.items()}
 MAY_IMPORT["__init__"] = {"algorithms", "last_layer", "matching", "rules"}

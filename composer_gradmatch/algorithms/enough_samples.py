@@ -10,12 +10,10 @@ from dataclasses import replace
 
 import torch
 from composer.core import State
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from composer_gradmatch.rules.picks import Picks
 
-__all__ = ["enough_samples", "fewest_in_a_microbatch", "fill_up", "num_microbatches", "smallest_microbatch"]
+__all__ = ["enough_samples", "fill_up", "num_microbatches", "smallest_microbatch"]
 
 
 def num_microbatches(num_samples: int, microbatch_size: float | None) -> int:
@@ -39,15 +37,6 @@ def smallest_microbatch(num_samples: int, microbatch_size: float | None) -> int:
         return num_samples
     size = max(1, int(microbatch_size))
     return num_samples % size or size
-
-
-def fewest_in_a_microbatch(model: nn.Module) -> int:
-    """Tells how few samples a model takes at once: two where it normalises over the batch.
-
-    Args:
-        model (nn.Module): The model.
-    """
-    return 2 if any(isinstance(module, _BatchNorm) and module.training for module in model.modules()) else 1
 
 
 def enough_samples(num_picks: int, num_samples: int, state: State, fewest: int, microbatches: int = 1) -> int:

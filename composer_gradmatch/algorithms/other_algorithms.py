@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from composer.algorithms import EMA
-from composer.algorithms.ghost_batchnorm.ghost_batchnorm import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from composer.core import Event, State
 from composer.loggers import Logger
-from torch import nn
 
-__all__ = ["activate_training_weights", "ghost_batch_size", "smallest_microbatch"]
+__all__ = ["activate_training_weights"]
 
 
 def activate_training_weights(state: State, logger: Logger) -> None:
@@ -23,26 +21,3 @@ def activate_training_weights(state: State, logger: Logger) -> None:
     for algorithm in state.algorithms:
         if isinstance(algorithm, EMA) and algorithm.match(Event.BATCH_START, state):
             algorithm.apply(Event.BATCH_START, state, logger)
-
-
-def ghost_batch_size(model: nn.Module) -> int:
-    """The fewest samples that a model's ``GhostBatchNorm`` layers take at once; 1 if it has none.
-
-    Args:
-        model (nn.Module): The model.
-    """
-    layers = (GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d)
-    return max((module.ghost_batch_size for module in model.modules() if isinstance(module, layers)), default=1)
-
-
-def smallest_microbatch(num_samples: int, microbatch_size: float | None) -> int:
-    """The size of the smallest microbatch that Composer splits samples into.
-
-    Args:
-        num_samples (int): The samples of a batch.
-        microbatch_size (float, optional): The run's ``device_train_microbatch_size``.
-    """
-    if microbatch_size is None or microbatch_size >= num_samples:
-        return num_samples
-    size = max(1, int(microbatch_size))
-    return num_samples % size or size

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-from composer.core import State
+from typing import Any
 
-from composer_gradmatch.algorithms.subset_backprop import Picks, SubsetBackprop
+from composer_gradmatch.algorithms.rule_backprop import RuleBackprop
+from composer_gradmatch.algorithms.schedule import Clock
+from composer_gradmatch.rules.table import RULES
 
-__all__ = ["RandomBackprop", "select_at_random"]
-
-
-def select_at_random(num_samples: int, num_picks: int) -> torch.Tensor:
-    """Picks samples uniformly without replacement, with torch's generator.
-
-    Args:
-        num_samples (int): M.
-        num_picks (int): m, at most M.
-
-    Returns:
-        torch.Tensor: The picks, int64, shape (m,).
-    """
-    return torch.randperm(num_samples)[:num_picks]
+__all__ = ["RandomBackprop"]
 
 
-class RandomBackprop(SubsetBackprop):
+class RandomBackprop(RuleBackprop):
     """Backpropagates a uniformly random part of each minibatch, without a selection pass (§5 of the paper).
 
     It costs m/M of a step where the selecting strategies cost (M/3 + m)/M, and neither of them reliably beats it.
@@ -39,7 +27,7 @@ class RandomBackprop(SubsetBackprop):
         target_key (str | int | tuple[Callable, Callable] | Any, optional): Where a batch has its targets.
             Default: ``1``.
         clock (str, optional): ``"batch"`` counts batches within an epoch, too, for ``start`` and ``end``; see
-            :class:`.SubsetBackprop`. Default: ``"duration"``.
+            :class:`.RuleBackprop`. Default: ``"duration"``.
 
     Raises:
         ValueError: If a value is out of range.
@@ -50,7 +38,23 @@ class RandomBackprop(SubsetBackprop):
             trainer = Trainer(..., algorithms=[RandomBackprop(start=0.0, end=1.0, keep=0.3, interrupt=0)])
     """
 
-    log_name = "random_backprop"
-
-    def _select(self, state: State, num_samples: int, num_picks: int) -> Picks:
-        return Picks(select_at_random(num_samples, num_picks))
+    def __init__(
+        self,
+        start: float = 0.5,
+        end: float = 0.9,
+        keep: float = 0.5,
+        interrupt: int = 2,
+        input_key: Any = 0,
+        target_key: Any = 1,
+        clock: Clock = "duration",
+    ) -> None:
+        super().__init__(
+            RULES["random_backprop"],
+            start,
+            end,
+            keep,
+            interrupt=interrupt,
+            input_key=input_key,
+            target_key=target_key,
+            clock=clock,
+        )

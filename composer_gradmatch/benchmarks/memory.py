@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from composer import Callback, DataSpec, Trainer
-from composer.core import State
+from composer.core import Event, State
 from composer.loggers import Logger
 
-from composer_gradmatch import GradMatch, select_first
+from composer_gradmatch import GradMatch, Picks, WholeBatch, select_first
 from composer_gradmatch.benchmarks.models import MODELS
 from composer_gradmatch.benchmarks.peak import PeakMemory
+from composer_gradmatch.candidates.one_pass import OnePass
 
 __all__ = ["measure_memory"]
 
@@ -22,11 +23,17 @@ class _MeasuredGradMatch(GradMatch):
 
     peak = 0
 
-    def _select(self, state: State, num_samples: int, num_picks: int) -> Any:
-        with PeakMemory() as memory:
-            selection = super()._select(state, num_samples, num_picks)
-        self.peak = memory.bytes
-        return selection
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        select = self.selector.select
+
+        def measured(state: State, num_samples: int, num_picks: int) -> Picks | WholeBatch:
+            with PeakMemory() as memory:
+                picks = select(state, num_samples, num_picks)
+            self.peak = memory.bytes
+            return picks
+
+        vars(self.selector).update(select=measured)
 
 
 class _OnePassGradMatch(GradMatch):
@@ -35,10 +42,11 @@ class _OnePassGradMatch(GradMatch):
     def __init__(self, keep: float) -> None:
         super().__init__(start=0.0, end=1.0, keep=keep, interrupt=0, reuse_activations=True)
 
-    def _after_dataloader(self, state: State, logger: Logger) -> None:
-        state.model.zero_grad()  # Or what the step before left would count as held before.
-        self.memory = PeakMemory().__enter__()
-        super()._after_dataloader(state, logger)
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        if event == Event.AFTER_DATALOADER:
+            state.model.zero_grad()  # Or what the step before left would count as held before.
+            self.memory = PeakMemory().__enter__()
+        super().apply(event, state, logger)
 
 
 class _OnePassPeak(Callback):
@@ -52,7 +60,9 @@ class _OnePassPeak(Callback):
     def batch_end(self, state: State, logger: Logger) -> None:
         self.algorithm.memory.__exit__(None, None, None)
         # Where the activations cannot be reused, there is no such step.
-        self.peak = float("nan") if self.algorithm._makes_two_passes else self.algorithm.memory.bytes
+        source = self.algorithm.selector.source
+        given_up = isinstance(source, OnePass) and source.given_up
+        self.peak = float("nan") if given_up else self.algorithm.memory.bytes
 
 
 class _StepPeak(Callback):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -156,13 +156,13 @@ def weighted_loss(
     return own_loss.mean() + (more.sum() * scale).to(own_loss.dtype)
 
 
-def check_objective(losses: torch.Tensor, own_loss: Any, leaf: torch.Tensor, scale: LossScale) -> None:
-    """Checks that at the output layer the gradient of the model's own loss is a multiple of that of its samples'.
+def check_objective(losses: torch.Tensor, own_loss: Any, points: Sequence[torch.Tensor], scale: LossScale) -> None:
+    """Checks that at the outputs the gradient of the model's own loss is a multiple of that of its samples'.
 
     Args:
-        losses (torch.Tensor): The samples' losses, shape (M,), with their graph from ``leaf``.
-        own_loss (torch.Tensor): The model's own loss of the same samples, with its graph from ``leaf``.
-        leaf (torch.Tensor): The output layer's output.
+        losses (torch.Tensor): The samples' losses, shape (M,), with their graph from the points.
+        own_loss (torch.Tensor): The model's own loss of the same samples, with its graph from the points.
+        points (Sequence[torch.Tensor]): The output layer's output, or what the model returns.
         scale (LossScale): Learns the multiple.
 
     Raises:
@@ -174,22 +174,29 @@ def check_objective(losses: torch.Tensor, own_loss: Any, leaf: torch.Tensor, sca
             f"The model's loss must be one tensor for its samples to be weighted, got {type(own_loss).__name__}. "
             "Return the total as a tensor and log the parts as metrics."
         )
-    found = gradients_at([leaf], losses, own_loss.mean())
+    found = gradients_at(points, losses, own_loss.mean())
     if found is None:
         raise ValueError(
             "The model's own loss does not depend on the output layer's output. Check that its forward pass or its "
             "loss does not detach it, or pass another output_layer."
         )
-    each, own = found[0][0], found[1][0]
-    if not (own.isfinite().all() and each.isfinite().all()):
+    if not all(bool(grad.isfinite().all()) for grads in found for grad in grads):
         return  # Says nothing about the functions; such a batch is trained whole.
-    factor = float(scale.read(losses, own_loss.mean(), [leaf], trusted=True))
-    wide = torch.promote_types(own.dtype, torch.float32)
-    norm, error = own.norm(dtype=wide), (own.to(wide) - factor * each.to(wide)).norm()
-    if error > (2e-2 if is_low(leaf) else 2e-4) * norm:
+    factor = float(scale.read(losses, own_loss.mean(), points, trusted=True))
+    norm, error = _norm(found[1]), _norm([own - factor * each for each, own in zip(*map(_widened, found), strict=True)])
+    if error > (2e-2 if any(map(is_low, points)) else 2e-4) * norm:
         raise ValueError(
             "The per-sample losses do not add up to the model's own loss: no multiple of the gradient of their sum is "
             f"the model's own at the output layer; the nearest is off by {error / norm:.2g} of its norm, so selection "
             "would train on another objective. Check that loss_fn (or loss(..., reduction='none')) is the model's loss "
             "before reduction, with the same terms."
         )
+
+
+def _widened(grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [grad.to(torch.promote_types(grad.dtype, torch.float32)) for grad in grads]
+
+
+def _norm(grads: Sequence[torch.Tensor]) -> float:
+    """The norm of all of them together."""
+    return float(torch.stack([grad.norm().double() for grad in _widened(grads)]).norm())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from composer_gradmatch.last_layer.position_gram import SoftmaxGrads, position_gram
 from composer_gradmatch.last_layer.tap import last_layer_gram
 
-__all__ = ["STORED_BYTES", "LayerGradients", "gram_of_all"]
+__all__ = ["STORED_BYTES", "LayerGradients", "all_grads", "all_inputs", "gram_of_all"]
 
 #: The most memory for all of P as it is: above, P of a softmax cross-entropy is kept as what computes it again
 #: (unless FSDP has the layer's weight in parts, or the loss is another one: then all of P is kept).
@@ -72,21 +72,27 @@ def _is_whole(layer: nn.Linear) -> bool:
     return not isinstance(layer.weight, DTensor) and layer.weight.shape == (layer.out_features, layer.in_features)
 
 
-def gram_of_all(parts: Sequence[LayerGradients], layer: nn.Linear) -> torch.Tensor:
-    """K of all parts' samples, shape (M, M), float64, on the layer's device.
+def all_inputs(parts: Sequence[LayerGradients]) -> torch.Tensor:
+    """Puts the rows of H together, shape (N, D).
+
+    Args:
+        parts (Sequence[LayerGradients]): In the order of the samples.
+    """
+    return torch.cat([part.inputs for part in parts])
+
+
+def all_grads(parts: Sequence[LayerGradients], layer: nn.Linear) -> torch.Tensor:
+    """Puts the rows of P together, shape (N, C), also those that were kept as what they can be computed from.
 
     Args:
         parts (Sequence[LayerGradients]): In the order of the samples.
         layer (nn.Linear): The output layer.
     """
-    inputs = torch.cat([part.inputs for part in parts])
-    stored = [part.grads for part in parts if isinstance(part.grads, torch.Tensor)]
-    has_bias = layer.bias is not None
-    if parts[0].counts is None:
-        return last_layer_gram(inputs.double(), torch.cat(stored).double(), has_bias)
-    counts = torch.cat([part.counts for part in parts if part.counts is not None])
-    if len(stored) == len(parts):
-        return position_gram(inputs, torch.cat(stored), counts, layer.out_features, has_bias)
+    return _columns(parts, layer)(0, layer.out_features)
+
+
+def _columns(parts: Sequence[LayerGradients], layer: nn.Linear) -> Callable[[int, int], torch.Tensor]:
+    """A function that gives some columns of P."""
     weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
 
     def columns(start: int, stop: int) -> torch.Tensor:
@@ -98,4 +104,22 @@ def gram_of_all(parts: Sequence[LayerGradients], layer: nn.Linear) -> torch.Tens
         ]
         return torch.cat(found)
 
-    return position_gram(inputs, columns, counts, layer.out_features, has_bias)
+    return columns
+
+
+def gram_of_all(parts: Sequence[LayerGradients], layer: nn.Linear) -> torch.Tensor:
+    """K of all parts' samples, shape (M, M), float64, on the layer's device.
+
+    Args:
+        parts (Sequence[LayerGradients]): In the order of the samples.
+        layer (nn.Linear): The output layer.
+    """
+    inputs = all_inputs(parts)
+    stored = [part.grads for part in parts if isinstance(part.grads, torch.Tensor)]
+    has_bias = layer.bias is not None
+    if parts[0].counts is None:
+        return last_layer_gram(inputs.double(), torch.cat(stored).double(), has_bias)
+    counts = torch.cat([part.counts for part in parts if part.counts is not None])
+    if len(stored) == len(parts):
+        return position_gram(inputs, torch.cat(stored), counts, layer.out_features, has_bias)
+    return position_gram(inputs, _columns(parts, layer), counts, layer.out_features, has_bias)

@@ -41,7 +41,7 @@ def test_the_weighted_loss_is_the_sum_by_hand(options, num_samples):
     by_hand = expected_scale(options, num_samples) * (weights * losses).sum()
     torch.testing.assert_close(found, by_hand, rtol=1e-6, atol=0)
     torch.testing.assert_close(*(torch.autograd.grad(loss, leaf, retain_graph=True)[0] for loss in (found, by_hand)))
-    check_objective(losses, own, leaf, LossScale())
+    check_objective(losses, own, [leaf], LossScale())
 
 
 def test_with_weights_one_the_loss_is_the_models_own_to_the_last_bit():
@@ -129,11 +129,11 @@ def test_another_objective_is_told_from_the_models_own():
     leaf = LOGITS[:7].clone().requires_grad_()
     losses = F.cross_entropy(leaf, TARGETS[:7], reduction="none")
     with pytest.raises(ValueError, match="do not add up to the model's own loss"):
-        check_objective(losses, F.multi_margin_loss(leaf, TARGETS[:7]), leaf, LossScale())
+        check_objective(losses, F.multi_margin_loss(leaf, TARGETS[:7]), [leaf], LossScale())
     with pytest.raises(ValueError, match="does not depend on the output layer's output"):
-        check_objective(losses, torch.tensor(1.0, requires_grad=True) * 1, leaf, LossScale())
+        check_objective(losses, torch.tensor(1.0, requires_grad=True) * 1, [leaf], LossScale())
     with pytest.raises(TypeError, match="must be one tensor"):
-        check_objective(losses, {"total": losses.mean()}, leaf, LossScale())
+        check_objective(losses, {"total": losses.mean()}, [leaf], LossScale())
 
 
 def test_losses_of_positions_are_summed_for_each_sample():

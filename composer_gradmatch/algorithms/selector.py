@@ -1,0 +1,163 @@
+"""A rule at work in a run: what it sees, what it picks, and what its picks need."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+from typing import Any
+
+from composer.core import State
+from composer.utils import dist
+
+from composer_gradmatch.algorithms.loss_weighting import LossWeighting
+from composer_gradmatch.algorithms.rehearsal import show_rows_and_objective
+from composer_gradmatch.candidates.source import Source
+from composer_gradmatch.candidates.watched_layer import WatchedLayer
+from composer_gradmatch.forward.losses import check_batch, check_losses
+from composer_gradmatch.forward.ranks import unwrap
+from composer_gradmatch.forward.selection_pass import SelectionPass
+from composer_gradmatch.rules.candidates import Candidates
+from composer_gradmatch.rules.cost import Passes, step_cost
+from composer_gradmatch.rules.picks import Picks, WholeBatch, as_picks
+from composer_gradmatch.rules.rule import Rule
+
+__all__ = ["Selector"]
+
+
+class Selector:
+    """Selects from a run's minibatches by a rule.
+
+    Args:
+        rule (Rule): The rule, its options given.
+        source (Source): Gives its candidates.
+        selection_pass (SelectionPass): Makes forward passes.
+        layer (WatchedLayer, optional): The output layer, if the rule needs gradients. Default: ``None``.
+        planned_passes (int, optional): Forward passes of a step, if all goes well. Default: ``2``.
+
+    Attributes:
+        weighting (LossWeighting, optional): Brings weights into the loss; None for a rule that gives none.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        source: Source,
+        selection_pass: SelectionPass,
+        layer: WatchedLayer | None = None,
+        planned_passes: Passes = 2,
+    ) -> None:
+        self.rule, self.source, self.selection_pass, self.layer = rule, source, selection_pass, layer
+        self.planned_passes = planned_passes
+        self.weighting = LossWeighting(selection_pass, layer) if rule.weighs else None
+        self._function: Any = rule.function
+
+    @property
+    def looks(self) -> bool:
+        """Whether it makes forward passes of its own."""
+        return self.rule.needs != "nothing"
+
+    def cost(self, share: float) -> float:
+        """What the step that was selected for costs: see :func:`.step_cost`."""
+        return step_cost(self.source.passes, share)
+
+    def reset(self) -> None:
+        """Forgets what belongs to one Trainer."""
+        self.selection_pass.reset()
+        if self.weighting is not None:
+            self.weighting.reset()
+        if hasattr(self._function, "reset"):
+            self._function.reset()
+
+    def reset_fit(self, state: State) -> None:
+        """Forgets what belongs to one ``fit``, in which modules may be replaced."""
+        self.selection_pass.reset_fit()
+        self.source.reset_fit(state)
+        for part in (self.layer, self.weighting):
+            if part is not None:
+                part.reset_fit()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps; of the rule, the state on each rank, since Composer saves that of rank 0."""
+        state: dict[str, Any] = {} if self.weighting is None else {"loss_scale": self.weighting.state_dict()}
+        if hasattr(self._function, "state_dict") and (own := self._function.state_dict()):
+            state["rule"] = dist.all_gather_object(own)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned."""
+        if self.weighting is not None:
+            self.weighting.load_state_dict(state.get("loss_scale", {}))
+        of_ranks = state.get("rule", [])
+        if dist.get_global_rank() < len(of_ranks) and hasattr(self._function, "load_state_dict"):
+            self._function.load_state_dict(of_ranks[dist.get_global_rank()])
+
+    def check_setup(self, state: State, keep: float, owner: str) -> None:
+        """Raises at INIT if a model's losses or output layer are not to be had.
+
+        Args:
+            state (State): The run's state.
+            keep (float): The share to keep.
+            owner (str): The algorithm that it is for, for the messages.
+
+        Raises:
+            TypeError: If the model's loss cannot give per-sample values.
+            ValueError: If it has no output layer as asked for.
+        """
+        model = unwrap(state.model)
+        if (self.looks or self.weighting is not None) and self.selection_pass.loss_fn is None:
+            check_losses(model)
+        if self.planned_passes == 2 and 2 / 3 <= keep < 1:
+            warnings.warn(
+                f"{owner} with keep={keep} costs more than training on everything: a selection "
+                f"pass of M/3 and a step on m samples against M is {1 / 3 + keep:.2f}. "
+                "Only below keep=2/3 does it save time.",
+                stacklevel=2,
+            )
+        if self.layer is not None:
+            self.layer.check(model, owner)
+
+    def check_first_batch(self, state: State) -> None:
+        """Raises if a batch's labels cannot be trained on, as far as the model tells."""
+        if self.looks or self.weighting is not None:
+            check_batch(unwrap(state.model), state.batch, self.selection_pass.loss_fn)
+
+    def rehearse(self, state: State, num_samples: int, num_picks: int) -> None:
+        """Does what a step will do, sees what it changes, and shows that rows and weights are the samples'.
+
+        Raises:
+            TypeError: If the model's loss cannot be weighted.
+            ValueError: If rows are not samples, or losses depend on other samples or do not make the model's own.
+        """
+        with _kept_graphs() if self.layer is not None else nullcontext():
+            with self.selection_pass.watched(state) if self.looks else nullcontext():
+                self._rehearse_rule(self.source.rehearse(state, num_samples), num_picks)
+            if self.looks or self.weighting is not None:
+                show_rows_and_objective(
+                    state, self.selection_pass, self.source, self.weighting, at_layer=self.layer is not None
+                )
+        self.selection_pass.rehearsed = True
+
+    def _rehearse_rule(self, candidates: Candidates, num_picks: int) -> None:
+        before = self._function.state_dict() if hasattr(self._function, "state_dict") else None
+        self._pick(candidates, num_picks)
+        if before is not None:
+            self._function.reset()
+            self._function.load_state_dict(before)
+
+    def select(self, state: State, num_samples: int, num_picks: int) -> Picks | WholeBatch:
+        """Picks ``num_picks`` of the ``num_samples`` samples of ``state.batch``."""
+        return self._pick(self.source.look(state, num_samples), num_picks)
+
+    def _pick(self, candidates: Candidates, num_picks: int) -> Picks | WholeBatch:
+        if not self.rule.takes_not_finite and not candidates.finite:
+            what = "losses" if self.layer is None else "losses or last-layer gradients"
+            return WholeBatch(f"a minibatch has {what} that are not finite; it and others like it are trained whole.")
+        result = self._function(candidates, num_picks)
+        return as_picks(result, candidates.num_samples, self.rule.name, self.rule.weighs)
+
+
+def _kept_graphs() -> Any:
+    """Keeps a compiled model's graph for the second backward pass of a comparison."""
+    import torch._functorch.config
+
+    return torch._functorch.config.patch(donated_buffer=False)

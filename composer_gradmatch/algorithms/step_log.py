@@ -1,0 +1,95 @@
+"""The metrics of a step: logged at once, or once the step is over where they are still on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from composer.loggers import Logger
+
+from composer_gradmatch.matching import effective_sample_size
+from composer_gradmatch.rules.picks import Picks
+
+__all__ = ["StepLog", "metrics_of"]
+
+
+def metrics_of(picks: Picks, num_samples: int, filled_up: bool) -> dict[str, float | torch.Tensor]:
+    """What to log of a step's picks: how many there are, how even their weights, and what the rule has to say.
+
+    Args:
+        picks (Picks): n picks of M samples.
+        num_samples (int): M.
+        filled_up (bool): Whether there are more of them than the rule picked.
+    """
+    n = len(picks.indices)
+    metrics: dict[str, float | torch.Tensor] = {
+        "fraction_kept": n / num_samples,
+        "effective_sample_size": float(n),
+        "largest_weight": 1.0,
+    }
+    if picks.weights is not None and not metrics.keys() <= picks.metrics.keys():
+        metrics["effective_sample_size"] = effective_sample_size(picks.weights)
+        # Relative to the mean of those that are not zero.
+        metrics["largest_weight"] = picks.weights.max() / picks.weights[picks.weights != 0].mean()
+    return {**metrics, **picks.metrics, **({"fraction_kept": n / num_samples} if filled_up else {})}
+
+
+class StepLog:
+    """Logs under a prefix, and counts the minibatches that a device could not match.
+
+    Args:
+        prefix (str): In front of each metric's name.
+        warn (Callable): Warns once a run.
+    """
+
+    def __init__(self, prefix: str, warn: Callable[[str], None]) -> None:
+        self.prefix, self.warn = prefix, warn
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what belongs to one Trainer."""
+        self.not_matched = 0
+        self.drop()
+
+    def drop(self) -> None:
+        """Forgets a step that was not ended."""
+        self._late: tuple[dict[str, float | torch.Tensor], torch.Tensor, int] | None = None
+
+    @property
+    def is_late(self) -> bool:
+        """Whether there is a step to log."""
+        return self._late is not None
+
+    def log(
+        self, logger: Logger, metrics: dict[str, float | torch.Tensor], found: torch.Tensor | None, step: int
+    ) -> None:
+        """Logs a step, or keeps it until :meth:`log_late`: a value on a GPU makes the host wait for the work before it.
+
+        Args:
+            logger (Logger): The run's logger.
+            metrics (dict): Numbers or scalar tensors.
+            found (torch.Tensor, optional): Whether the picks were chosen at all; None where that is known.
+            step (int): The step's number.
+        """
+        if found is None:
+            self._write(logger, metrics)
+        else:
+            self._late = metrics, found, step
+
+    def log_late(self, logger: Logger) -> None:
+        """Logs a step that is over, as of its own number."""
+        if self._late is None:
+            return
+        metrics, found, step = self._late
+        if not found:
+            self.not_matched += 1
+            metrics = {key: metrics[key] for key in ("estimated_cost", "selection_time")}
+            metrics["batches_not_matched"] = self.not_matched
+            self.warn(
+                "a minibatch has last-layer gradients that are not finite, or whose mean is zero; of it and others "
+                "like it m samples are trained with weights one."
+            )
+        self._write(logger, metrics, step)
+
+    def _write(self, logger: Logger, metrics: Mapping[str, float | torch.Tensor], step: int | None = None) -> None:
+        logger.log_metrics({f"{self.prefix}/{key}": float(value) for key, value in metrics.items()}, step)

@@ -1,0 +1,59 @@
+"""What the sources of candidates have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from composer.core import State
+
+from composer_gradmatch.forward.sample_checks import Rows
+from composer_gradmatch.rules.candidates import Candidates
+from composer_gradmatch.rules.cost import Passes
+from composer_gradmatch.rules.picks import Picks
+
+__all__ = ["Source"]
+
+
+class Source:
+    """Gives rules that look at nothing their candidates; what looks overrides it.
+
+    A step calls :meth:`begin_step`, :meth:`look`, :meth:`serve` with what was picked, :meth:`end_selection` whatever
+    came of it, and, if :attr:`serves` is true, :meth:`end_step` after the backward pass.
+    """
+
+    #: The forward passes over the whole minibatch of a step that has just been selected for.
+    passes: Passes = 0
+    #: Whether the step that is being made has something to end.
+    serves: bool = False
+
+    def reset_fit(self, state: State) -> None:
+        """Forgets what belongs to one ``fit``, in which modules may be replaced."""
+
+    def begin_step(self) -> None:
+        """Lets go of what a step left that an error has ended."""
+
+    def look(self, state: State, num_samples: int) -> Candidates:
+        """Looks at the samples of ``state.batch``.
+
+        Args:
+            state (State): The run's state.
+            num_samples (int): M.
+        """
+        return Candidates(num_samples)
+
+    def rehearse(self, state: State, num_samples: int) -> Candidates:
+        """Looks as :meth:`look` would on any later batch, for what may fail."""
+        return self.look(state, num_samples)
+
+    def rows_of(self, state: State, batch: Any, num_samples: int) -> Rows | None:
+        """What is looked at of the samples of a small batch, to show whose is which; None if that is nothing."""
+        return None
+
+    def serve(self, state: State, picks: Picks) -> None:
+        """Takes note of what was picked; ``state.batch`` is that of the picks."""
+
+    def end_selection(self) -> None:
+        """Lets go of a look that nothing was picked from."""
+
+    def end_step(self) -> None:
+        """Lets go of what the step was served."""

@@ -1,0 +1,136 @@
+"""Candidates from a forward pass of their own, beside which the training step makes another one on the picks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from composer.core import State
+from torch import nn
+
+from composer_gradmatch.candidates.source import Source
+from composer_gradmatch.candidates.watched_layer import WatchedLayer
+from composer_gradmatch.forward.ranks import unwrap
+from composer_gradmatch.forward.sample_checks import Rows, normalised_by_running_statistics
+from composer_gradmatch.forward.selection_pass import SelectionPass
+from composer_gradmatch.last_layer import OutputLayerTap
+from composer_gradmatch.last_layer.gradients import LayerGradients, all_grads, all_inputs, gram_of_all
+from composer_gradmatch.rules.candidates import Candidates
+from composer_gradmatch.spans import span
+
+__all__ = ["TwoPasses", "candidates_of"]
+
+
+def candidates_of(
+    num_samples: int, losses: torch.Tensor, parts: Sequence[LayerGradients], layer: nn.Linear
+) -> Candidates:
+    """Makes candidates of what was seen at the output layer.
+
+    Args:
+        num_samples (int): M.
+        losses (torch.Tensor): ℓ, shape (M,).
+        parts (Sequence[LayerGradients]): H and P, in the order of the samples.
+        layer (nn.Linear): The output layer.
+    """
+
+    def gram() -> torch.Tensor:
+        with span("gram"):
+            return gram_of_all(parts, layer)
+
+    counts = None
+    if parts[0].counts is not None:
+        counts = torch.cat([part.counts for part in parts if part.counts is not None])
+    return Candidates(
+        num_samples,
+        losses=losses,
+        inputs=lambda: all_inputs(parts),
+        output_grads=lambda: all_grads(parts, layer),
+        gram=gram,
+        counts=counts,
+        finite=lambda: all(bool(part.finite) for part in parts) and bool(losses.isfinite().all()),
+    )
+
+
+class TwoPasses(Source):
+    """Makes a selection pass over the whole minibatch.
+
+    Args:
+        selection_pass (SelectionPass): Makes it.
+        layer (WatchedLayer, optional): The output layer; None for the samples' losses alone. Default: ``None``.
+    """
+
+    passes = 2
+
+    def __init__(self, selection_pass: SelectionPass, layer: WatchedLayer | None = None) -> None:
+        self.selection_pass, self.layer = selection_pass, layer
+
+    def look(self, state: State, num_samples: int) -> Candidates:
+        """Looks at the samples' losses and, with an output layer, at their last-layer gradients: :class:`.Source`."""
+        watched = self.layer
+        if watched is None:
+            return self._look_at_losses(state, num_samples)
+        layer = watched.of(state)
+        with self.selection_pass.no_trace(state):
+            parts = self.selection_pass.in_microbatches(
+                state, num_samples, lambda batch, n: self._gradients(state, watched, batch, n, num_samples)
+            )
+        losses = torch.cat([losses for _, losses in parts])
+        return candidates_of(num_samples, losses, [gradients for gradients, _ in parts], layer)
+
+    @torch.no_grad()
+    def _look_at_losses(self, state: State, num_samples: int) -> Candidates:
+        with self.selection_pass.no_trace(state):
+            parts = self.selection_pass.in_microbatches(
+                state, num_samples, lambda batch, n: self.selection_pass.forward(state, batch, n)[1]
+            )
+        losses = torch.cat(parts).detach()
+        return Candidates(num_samples, losses=losses, finite=lambda: bool(losses.isfinite().all()))
+
+    def _gradients(
+        self, state: State, layer: WatchedLayer, batch: Any, n: int, num_samples: int
+    ) -> tuple[LayerGradients, torch.Tensor]:
+        try:
+            with layer.tap(state).open() as tap:
+                outputs, losses = self.selection_pass.forward(state, batch, n)
+                with span("output_gradients"):
+                    inputs, grads = tap.inputs_and_grads(losses)
+                losses = losses.detach()
+                del outputs  # And with it the graph of the loss, which holds copies of the output.
+        except (RuntimeError, ValueError) as error:
+            if not layer.is_spoilt_by(error):
+                raise
+            return self._gradients(state, layer, batch, n, num_samples)
+        layer.learn(tap)
+        return LayerGradients.of(layer.of(state), inputs, grads, tap.outputs, num_samples), losses
+
+    def rows_of(self, state: State, batch: Any, num_samples: int) -> Rows:
+        """What is looked at of the samples of a small batch: :class:`.Source`."""
+
+        def of_losses(samples: torch.Tensor) -> dict[str, torch.Tensor]:
+            with (
+                torch.no_grad(),
+                self.selection_pass.no_trace(state),
+                normalised_by_running_statistics(unwrap(state.model)),
+            ):
+                part = self.selection_pass.reader.copy_of(batch, samples, num_samples)
+                _, losses = self.selection_pass.forward(state, part, num_samples)
+            return {"the losses": losses}
+
+        if self.layer is None:
+            return of_losses
+        watched = self.layer
+        layer = watched.of(state)
+
+        def of_gradients(samples: torch.Tensor) -> dict[str, torch.Tensor]:
+            with (
+                self.selection_pass.no_trace(state),
+                normalised_by_running_statistics(unwrap(state.model)),
+                OutputLayerTap(layer, sample_dim=watched.sample_dim).open() as tap,
+            ):
+                part = self.selection_pass.reader.copy_of(batch, samples, num_samples)
+                _, losses = self.selection_pass.forward(state, part, num_samples)
+                inputs, grads = tap.inputs_and_grads(losses)
+            return {"the output layer's inputs": inputs, "its outputs' gradients": grads, "the losses": losses.detach()}
+
+        return of_gradients
