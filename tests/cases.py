@@ -141,7 +141,7 @@ def make_trainer(model, train, algorithms, *, lr: float = 0.1, max_duration: str
 def record_selections(algorithm):
     """The (batch before it, selection) of each step that an algorithm selects in, as they come."""
     seen = []
-    original = algorithm._select
+    original = algorithm.selector.select
 
     def select(state, num_samples, num_picks):
         batch = state.batch
@@ -149,5 +149,5 @@ def record_selections(algorithm):
         seen.append((batch, selection))
         return selection
 
-    algorithm._select = select
+    algorithm.selector.select = select
     return seen
