@@ -74,7 +74,7 @@ STRATEGIES: dict[str, Strategy] = {
 }
 #: For strategies without a colour of their own: the rest of "colorblind", and darker ones.
 _MORE_COLORS = ("#56b4e9", "#949494", "#fbafe4", "#ece133", "#882255", "#332288", "#117733", "#999933")
-_MORE_MARKERS = ("<", ">", "p", "h", "d", "*", "8", "H")
+_MORE_MARKERS = ("<", ">", "p", "h", "d", "*", "8")  # One fewer, so that pairs differ for long.
 #: What makes the selection pass another one than the training step's.
 _OWN_PASS = ("scale_factor", "selection_microbatch_size", "selection_precision")
 _ALWAYS = {"start": 0.0, "end": 1.0, "interrupt": 0}

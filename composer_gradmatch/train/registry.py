@@ -12,11 +12,13 @@ import composer.loggers as composer_loggers
 import composer.optim as composer_optim
 import torch
 
+from composer_gradmatch.algorithms.factory import algorithm_of
 from composer_gradmatch.algorithms.gradmatch import GradMatch
 from composer_gradmatch.algorithms.loss_backprop import LossBackprop
 from composer_gradmatch.algorithms.random_backprop import RandomBackprop
 from composer_gradmatch.data.table import DATA_SETS
 from composer_gradmatch.models.table import MODELS
+from composer_gradmatch.rules.table import GROUP, RULES, rule_named
 from composer_gradmatch.train.config import ConfigError, nearest
 from composer_gradmatch.train.refusals import mark_as_users
 
@@ -122,14 +124,16 @@ TABLES: dict[str, tuple[dict[str, Factory], str | None]] = {
 
 
 def resolve(kind: str, name: str) -> Factory:
-    """The factory that a name stands for: of our tables, else of an installed package's entry points.
+    """Finds the factory that a name stands for: of our tables, else of an installed package's entry points.
+
+    A rule's name is that of an algorithm, whether the rule is one of ours or of another package.
 
     Args:
         kind (str): A key of :data:`TABLES`.
         name (str): The name in YAML.
 
     Raises:
-        ConfigError: If nothing has that name.
+        ConfigError: If nothing has that name, or a rule of that name is none.
     """
     table, group = TABLES[kind]
     if name in table:
@@ -139,4 +143,16 @@ def resolve(kind: str, name: str) -> Factory:
         factory = added[name].load()
         mark_as_users(factory.__module__)
         return factory
-    raise ConfigError(f"unknown {kind} {name!r}; {nearest(name, [*table, *added])}")
+    rules = {*RULES, *(point.name for point in entry_points(group=GROUP))} if kind == "algorithm" else set()
+    if name in rules:
+        return _rules_algorithm(name)
+    raise ConfigError(f"unknown {kind} {name!r}; {nearest(name, {*table, *added, *rules})}")
+
+
+def _rules_algorithm(name: str) -> Factory:
+    try:
+        factory = algorithm_of(rule_named(name))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the rule {name!r} is none: {error}") from error
+    mark_as_users(factory.__module__)
+    return factory

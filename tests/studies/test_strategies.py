@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import pytest
+from installing import install
 from made_up_results import accuracy, costs, line
 from matplotlib.colors import to_hex
 
@@ -116,3 +118,28 @@ def test_a_row_is_all_that_tables_and_figures_need(store, monkeypatch):
 def test_results_of_a_strategy_that_is_gone_are_told_by_its_name():
     with pytest.raises(ConfigError, match="unknown strategy 'halves'"):
         in_order(["random", "halves"])
+
+
+def test_a_rule_of_an_installed_package_goes_through_a_study(tmp_path, monkeypatch, capsys):
+    package = tmp_path / "package"
+    package.mkdir()
+    source = """
+from composer_gradmatch.rules.rule import Rule
+
+def _largest(candidates, m):
+    return candidates.losses.topk(m).indices, None
+
+largest = Rule(_largest, needs="losses", weighs=False, color="#ff00ff", marker="d")
+"""
+    install(package, monkeypatch, source, "composer_gradmatch_rules", "top = their_package:largest")
+    out = tmp_path / "out"
+    options = ["--strategies", "random", "top", "top_reuse", "full", "--keep", "0.1", "--seeds", "1", "--rounds", "1"]
+    assert main(["accuracy", str(DIGITS), "max_duration=1ep", *options, "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "4 runs succeeded, 0 failed" in text
+    assert line(text, "| top | 0.1 | 0").endswith("| 0.43 |")
+    assert line(text, "| top_reuse | 0.1 | 0").endswith("| 0.40 |")
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    kept = {row["strategy"]: int(row["samples_backpropagated"]) for row in rows}
+    assert kept == {"random": 11 * 12, "top": 11 * 12, "top_reuse": 11 * 12, "full": 11 * 128}
+    assert all((out / name).stat().st_size > 10_000 for name in ("accuracy.png", "accuracy_over_cost.png"))
