@@ -18,7 +18,7 @@ import yaml
 from composer import Trainer
 
 from composer_gradmatch.train import main
-from composer_gradmatch.train.builders import TABLES
+from composer_gradmatch.train.registry import TABLES
 from composer_gradmatch.train.schema import TRAINER_KEYS
 
 GOOD: dict[str, Any] = {

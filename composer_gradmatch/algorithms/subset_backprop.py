@@ -100,6 +100,11 @@ class SubsetBackprop(Algorithm):
         self._steps = StepLog(log_name, self._warn_once)
         self._rehearsed = False
 
+    @property
+    def batches_not_matched(self) -> int:
+        """How many minibatches a GPU found to have no mean gradient to match."""
+        return self._steps.not_matched
+
     def _reset(self, state: State) -> None:
         """Forgets what belongs to one Trainer."""
         self.batches_trained_whole, self.last_selection = 0, None

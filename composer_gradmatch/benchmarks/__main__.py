@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from composer_gradmatch.benchmarks.memory import measure_memory
 from composer_gradmatch.benchmarks.models import MODELS
 from composer_gradmatch.benchmarks.omp import SIZES, measure_omp
 from composer_gradmatch.benchmarks.solvers import measure_greedy, measure_solvers
+from composer_gradmatch.train.trainer import expect_small_batches
 
 __all__ = ["main"]
 
@@ -83,8 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = measure_greedy(arguments.samples, picks, arguments.minibatches)
     else:
         _check_sizes(parser, arguments)
-        # Fewer samples than a microbatch, or other work that keeps what it selects: said of each step.
-        warnings.filterwarnings("ignore", "Cannot split tensor of length", UserWarning)
+        expect_small_batches()
         rows = measure_memory(arguments.models, arguments.samples, arguments.picks, arguments.keep)
     print(_table(rows))
     if arguments.out is not None:

@@ -11,8 +11,7 @@ from composer_gradmatch.forward.ranks import unwrap
 from composer_gradmatch.forward.selection_pass import SelectionPass
 from composer_gradmatch.forward.torch_private import changed_a_leaf_in_place
 from composer_gradmatch.forward.traceless import no_trace
-from composer_gradmatch.last_layer import OutputLayerTap, resolve_output_layer
-from composer_gradmatch.last_layer.output_layer import CheckedTap, observe_output_layer
+from composer_gradmatch.last_layer import CheckedTap, OutputLayerTap, observe_output_layer, resolve_output_layer
 
 __all__ = ["WatchedLayer"]
 

@@ -9,8 +9,10 @@ from composer_gradmatch.data.label_noise import NoisyLabels
 from composer_gradmatch.data.mnist5k import mnist5k
 from composer_gradmatch.data.svhn import svhn
 from composer_gradmatch.data.synthetic import synthetic
+from composer_gradmatch.data.table import DATA_SETS, SHAPES
 
 __all__ = [
+    "DATA_SETS",
     "SHAPES",
     "NoisyLabels",
     "cifar10",
@@ -23,13 +25,3 @@ __all__ = [
     "svhn",
     "synthetic",
 ]
-
-#: Image data set → shape of a sample's input, number of classes.
-SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
-    "cifar10": ((3, 32, 32), 10),
-    "cifar100": ((3, 32, 32), 100),
-    "digits": ((1, 8, 8), 10),
-    "imagenet32": ((3, 32, 32), 1000),
-    "mnist5k": ((1, 28, 28), 10),
-    "svhn": ((3, 32, 32), 10),
-}

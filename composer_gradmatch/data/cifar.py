@@ -42,14 +42,10 @@ def cifar100(split: Literal["train", "test"], root: str = "data", download: bool
     Args:
         split (str): ``"train"`` or ``"test"``.
         root (str, optional): The folder that holds, or gets, ``cifar-100-python``. Default: ``"data"``.
-        download (bool, optional): Whether to download what is missing. Default: ``False``.
+        download (bool, optional): See :func:`cifar10`. Default: ``False``.
 
     Returns:
         Dataset: Of (image, float32, shape (3, 32, 32), label, int).
-
-    Raises:
-        FileNotFoundError: If the data are not there.
-        ValueError: If ``split`` is neither.
     """
     return _cifar(datasets.CIFAR100, _CIFAR100, split, root, download)
 

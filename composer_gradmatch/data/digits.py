@@ -9,6 +9,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.utils.data import TensorDataset
 
+from composer_gradmatch.data.split import check_split
+
 __all__ = ["digits"]
 
 
@@ -24,8 +26,7 @@ def digits(split: Literal["train", "test"]) -> TensorDataset:
     Raises:
         ValueError: If ``split`` is neither.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', got {split!r}.")
+    check_split(split)
     images, labels = load_digits(return_X_y=True)
     rows = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=0)[split == "test"]
     inputs = torch.tensor(images[rows] / 16, dtype=torch.float32).reshape(-1, 1, 8, 8)

@@ -13,7 +13,8 @@ from composer.utils import dist
 from PIL import Image
 from torch.utils.data import Dataset
 
-from composer_gradmatch.data.vision import check_split, image_transform
+from composer_gradmatch.data.split import check_split
+from composer_gradmatch.data.vision import image_transform
 
 __all__ = ["ImageNet32", "imagenet32"]
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from composer.utils import dist
 
+from composer_gradmatch.data.split import check_split
 from composer_gradmatch.data.text import TokenizedTexts
-from composer_gradmatch.data.vision import check_split
 
 __all__ = ["imdb"]
 

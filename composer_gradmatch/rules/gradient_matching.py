@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import torch
+
 from composer_gradmatch.matching import Solver
 from composer_gradmatch.matching.weighted_picks import match_mean_gradient, match_on_device
 from composer_gradmatch.rules.candidates import Candidates
 from composer_gradmatch.rules.picks import Picks, WholeBatch
 
-__all__ = ["gradient_matching"]
+__all__ = ["decides_on_device", "gradient_matching"]
+
+
+def decides_on_device(gram: torch.Tensor, solver: Solver, tolerance: float) -> bool:
+    """Whether the host need not know what is picked: the number of picks is fixed, and the solver a kernel.
+
+    Args:
+        gram (torch.Tensor): K.
+        solver (str | Callable): See :func:`.gram_omp`.
+        tolerance (float): See :func:`.gram_omp`.
+    """
+    return gram.device.type != "cpu" and solver == "omp" and tolerance == 0
 
 
 def gradient_matching(
@@ -29,7 +42,7 @@ def gradient_matching(
         Picks | WholeBatch: The minibatch whole where its mean gradient is zero, or gradients are not finite.
     """
     gram = candidates.gram
-    if gram.is_cuda and solver == "omp" and tolerance == 0:
+    if decides_on_device(gram, solver, tolerance):
         match = match_on_device(gram, m, ridge=ridge)
     elif not candidates.finite:
         return WholeBatch(

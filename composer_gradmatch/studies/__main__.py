@@ -5,41 +5,23 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from composer_gradmatch.studies.strategies import STRATEGIES
+from composer_gradmatch.studies.options import fraction
+from composer_gradmatch.studies.registry import STUDIES
+from composer_gradmatch.studies.strategies import all_strategies
+from composer_gradmatch.studies.study import Study
 from composer_gradmatch.train.config import ConfigError, load_config, nearest
 
 __all__ = ["main"]
 
 
-def _number(kind: Callable[[str], Any], valid: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not valid(value):
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-        return value
-
-    return parse
-
-
 def _strategy(text: str) -> str:
-    if text not in STRATEGIES:
-        raise argparse.ArgumentTypeError(f"unknown strategy {text!r}; {nearest(text, STRATEGIES)}")
+    strategies = all_strategies()
+    if text not in strategies:
+        raise argparse.ArgumentTypeError(f"unknown strategy {text!r}; {nearest(text, strategies)}")
     return text
-
-
-_positive = _number(int, lambda value: value > 0, "a positive integer")
-_fraction = _number(float, lambda value: 0 < value < 1, "a fraction in (0, 1)")
-_factor = _number(float, lambda value: 0 < value < float("inf"), "a positive number")
-_noise = _number(float, lambda value: 0 <= value <= 1, "a fraction in [0, 1]")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,84 +31,36 @@ def _parser() -> argparse.ArgumentParser:
         epilog="A study that was stopped goes on where it was when it is started again.",
     )
     studies = parser.add_subparsers(dest="study", required=True, metavar="STUDY")
-
-    def add(name: str, text: str, strategies: list[str], keeps: list[float], seeds: bool = True) -> Any:
-        study = studies.add_parser(name, help=text, description=text)
-        study.add_argument("config", help="a YAML file")
-        # Taken out of the command line before it is parsed, so that they may stand anywhere.
-        study.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value of the config")
-        study.add_argument("--out", type=Path, required=True, help="the folder for results")
-        listed = " ".join(strategies)
-        study.add_argument(
-            "--strategies",
-            nargs="+",
-            type=_strategy,
-            default=strategies,
-            metavar="NAME",
-            help=f"of {', '.join(STRATEGIES)}; default: {listed}",
-        )
-        study.add_argument(
-            "--keep",
-            nargs="+",
-            type=_fraction,
-            default=keeps,
-            metavar="FRACTION",
-            help=f"fractions of the minibatch; default: {' '.join(map(str, keeps))}",
-        )
-        study.add_argument("--retry-failed", action="store_true", help="make runs that failed once more")
-        if seeds:
-            study.add_argument("--seeds", type=_positive, default=3, help="seeds 0 to N-1; default: 3")
-            study.add_argument("--jobs", type=_positive, default=1, help="runs at a time, in processes; default: 1")
-            study.add_argument(
-                "--label-noise",
-                type=_noise,
-                default=0.0,
-                metavar="FRACTION",
-                help="reassign the labels of this part of the training set at random; default: 0",
-            )
-        return study
-
-    compared = ["gradmatch", "loss", "random", "full"]
-    accuracy = add("accuracy", "test accuracy at equal keep and at equal cost", compared, [0.05, 0.1, 0.3, 0.5])
-    accuracy.add_argument(
-        "--batch-size",
-        choices=("fixed", "scaled"),
-        default="fixed",
-        help="forward M samples whatever is kept, or M/keep; default: fixed",
-    )
-    rates = add("learning-rate", "test accuracy over a factor of the learning rate (App. C.4)", compared, [0.3])
-    rates.add_argument(
-        "--factors",
-        nargs="+",
-        type=_factor,
-        default=[round(float(f), 4) for f in np.logspace(-1, 1, 9)],
-        metavar="BETA",
-        help="default: 9 on a logarithmic grid from 0.1 to 10",
-    )
-    for study in (accuracy, rates):
-        study.add_argument("--metric", help="the evaluation metric; default: the one with Accuracy in its name")
-    errors = add(
-        "gradient-error", "distance of each strategy's gradient to the full data's (§5.3)", compared, [0.1, 0.3]
-    )
-    errors.add_argument("--minibatches", type=_positive, default=200, help="for each seed; default: 200")
-    errors.add_argument("--checkpoint", default="", metavar="PATH", help="weights to load; default: at initialisation")
-    errors.add_argument(
-        "--mode",
-        choices=("train", "eval"),
-        default="train",
-        help="of BatchNorm and dropout: as in a training step, or as in evaluation; default: train",
-    )
-    times = add(
-        "step-time",
-        "time per step and where it goes (Table 1)",
-        ["full", "random", "selective_backprop", "loss", "gradmatch"],
-        [0.1, 0.3, 0.5],
-        seeds=False,
-    )
-    times.add_argument("--synthetic", action="store_true", help="random tensors of the data set's shape")
-    for study in (accuracy, times):
-        study.add_argument("--rounds", type=_positive, default=10, help="timed steps of each strategy; default: 10")
+    for study in STUDIES.values():
+        own = studies.add_parser(study.name, help=study.help, description=study.help)
+        _add_shared(own, study)
+        study.options(own)
     return parser
+
+
+def _add_shared(parser: argparse.ArgumentParser, study: Study) -> None:
+    """Adds the options that every study has."""
+    parser.add_argument("config", help="a YAML file")
+    # Taken out of the command line before it is parsed, so that they may stand anywhere.
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value of the config")
+    parser.add_argument("--out", type=Path, required=True, help="the folder for results")
+    parser.add_argument(
+        "--strategies",
+        nargs="+",
+        type=_strategy,
+        default=list(study.strategies),
+        metavar="NAME",
+        help=f"of {', '.join(all_strategies())}; default: {' '.join(study.strategies)}",
+    )
+    parser.add_argument(
+        "--keep",
+        nargs="+",
+        type=fraction,
+        default=list(study.keeps),
+        metavar="FRACTION",
+        help=f"fractions of the minibatch; default: {' '.join(map(str, study.keeps))}",
+    )
+    parser.add_argument("--retry-failed", action="store_true", help="make runs that failed once more")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -141,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(arguments.config, [*arguments.overrides, *overrides])
         # Pandas, seaborn and matplotlib come with the extra; --help and errors in the config need none of them.
         from composer_gradmatch.studies.run_study import run_study
+
+        STUDIES[arguments.study].load()
     except ConfigError as error:
         print(f"{arguments.config}: the study cannot be run:\n{error}", file=sys.stderr)
         return 2

@@ -7,8 +7,9 @@ import inspect
 from typing import Any
 
 from composer_gradmatch.data import SHAPES
-from composer_gradmatch.train.builders import build_named, resolve
+from composer_gradmatch.train.builders import build_named
 from composer_gradmatch.train.config import ConfigError
+from composer_gradmatch.train.registry import resolve
 
 __all__ = ["accuracy_metric", "learning_rate", "quiet", "with_label_noise", "with_synthetic_data"]
 

@@ -12,7 +12,7 @@ from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 
 from composer_gradmatch.batches import count_samples, take_samples
-from composer_gradmatch.studies.strategies import selecting_entry, strategy_entry, with_strategy
+from composer_gradmatch.studies.strategies import selecting_entry, strategy_entry, strategy_named, with_strategy
 from composer_gradmatch.train import build_trainer
 from composer_gradmatch.train.builders import build_algorithms
 
@@ -28,12 +28,14 @@ class Variant:
         keep (float): The fraction kept; 1 for the full batch.
         batch_size (int): M.
         algorithm (Algorithm, optional): What selects; None for the full batch.
+        estimated_cost (float): Of a step, in full steps: see :meth:`.Strategy.cost`.
     """
 
     strategy: str
     keep: float
     batch_size: int
     algorithm: Algorithm | None
+    estimated_cost: float
 
     @classmethod
     def build(cls, config: dict[str, Any], strategy: str, keep: float, batch_size: int) -> Variant:
@@ -41,7 +43,8 @@ class Variant:
         entry = strategy_entry(config, strategy, keep)
         for arguments in entry.values():
             arguments.update(start=0.0, end=1.0, interrupt=0)
-        return cls(strategy, keep, batch_size, next(iter(build_algorithms(entry)), None))
+        cost = strategy_named(strategy).cost(keep)
+        return cls(strategy, keep, batch_size, next(iter(build_algorithms(entry)), None), cost)
 
 
 class Interleaved(Algorithm):

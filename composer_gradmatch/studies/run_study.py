@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from composer_gradmatch.studies.configs import accuracy_metric, with_synthetic_data
-from composer_gradmatch.studies.plans import (
-    check_study,
-    identity,
-    plan_accuracy,
-    plan_gradient_error,
-    plan_learning_rate,
-    plan_step_time,
-)
+from composer_gradmatch.studies.planning import check_study, identity
 from composer_gradmatch.studies.pool import run_all
+from composer_gradmatch.studies.registry import STUDIES
 from composer_gradmatch.studies.report import write_report
 from composer_gradmatch.studies.store import Run, Store
 from composer_gradmatch.studies.tasks import do_run
@@ -42,9 +36,9 @@ def run_study(
     Args:
         config (dict[str, Any]): The user's config, resolved.
         name (str): What the figures call it.
-        study (str): ``"accuracy"``, ``"learning-rate"``, ``"gradient-error"`` or ``"step-time"``.
+        study (str): A key of :data:`.STUDIES`.
         out (Path): The folder for results.
-        strategies (Sequence[str]): Names of :data:`.STRATEGIES`.
+        strategies (Sequence[str]): Names of :func:`.all_strategies`.
         keep (Sequence[float]): Fractions to keep.
         retry_failed (bool, optional): Whether runs that failed are made once more. Default: ``False``.
         jobs (int, optional): Runs at a time. Default: ``1``.
@@ -57,14 +51,13 @@ def run_study(
         ConfigError: If the study cannot be run.
     """
     check_config(config)
-    timing, runs, shared = _plan(config, study, strategies, keep, options)
-    check_study(config, runs)
-    store = Store(out, identity(study, config, **shared))
+    plan = STUDIES[study].load().plan(config, strategies, keep, **options)
+    check_study(config, plan.runs)
+    store = Store(out, identity(study, config, **plan.shared))
     try:
-        # Alone on the machine: other runs would be timed with it.
-        if timing is not None:
-            _make(store, [timing], 1, retry_failed, "step time")
-        _make(store, runs, jobs, retry_failed, study)
+        for run in plan.alone:
+            _make(store, [run], 1, retry_failed)
+        _make(store, plan.runs, jobs, retry_failed)
         summary = write_report(store, study, name)
         print(summary.read_text())
         print(f"Results, figures and logs of the runs are in {out}.")
@@ -73,32 +66,15 @@ def run_study(
         store.close()
 
 
-def _plan(
-    config: dict[str, Any], study: str, strategies: Sequence[str], keep: Sequence[float], options: dict[str, Any]
-) -> tuple[Run | None, list[Run], dict[str, Any]]:
-    """The run that times steps, if the study has one; its runs; and what they share."""
-    if study == "step-time":
-        synthetic = options["synthetic"]
-        config = with_synthetic_data(config) if synthetic else config
-        run = plan_step_time(config, strategies, keep, rounds=options["rounds"], synthetic=synthetic)
-        return None, [run], {"synthetic": synthetic}
-    seeds = options["seeds"]
-    shared = {"label_noise": options["label_noise"]}
-    if study == "gradient-error":
-        own = {key: options[key] for key in ("minibatches", "mode", "checkpoint")}
-        return None, plan_gradient_error(config, strategies, keep, seeds, **own, **shared), {**own, **shared}
-    shared["metric"] = accuracy_metric(config, options["metric"])
-    if study == "learning-rate":
-        return None, plan_learning_rate(config, strategies, keep, seeds, factors=options["factors"], **shared), shared
-    shared["batch_size"] = options["batch_size"]
-    timing, runs = plan_accuracy(config, strategies, keep, seeds, rounds=options["rounds"], **shared)
-    return timing, runs, shared
-
-
-def _make(store: Store, runs: Sequence[Run], jobs: int, retry_failed: bool, label: str) -> None:
+def _make(store: Store, runs: Sequence[Run], jobs: int, retry_failed: bool) -> None:
+    """Makes the missing ones among runs of one kind."""
+    if not runs:
+        return
+    study = STUDIES[runs[0].kind]
     missing = [run for run in runs if not store.has(run, retry_failed)]
-    with tqdm(total=len(runs), initial=len(runs) - len(missing), desc=label, unit="run", dynamic_ncols=True) as bar:
-        for run, record in run_all(do_run, missing, jobs, store.folder / "logs"):
+    label = {"total": len(runs), "initial": len(runs) - len(missing), "desc": study.name}
+    with tqdm(**label, unit="run", dynamic_ncols=True) as bar:
+        for run, record in run_all(partial(do_run, study.task), missing, jobs, store.folder / "logs"):
             store.save(run, record)
             if record.error:
                 bar.write(f"{run.key} failed: {record.error}")

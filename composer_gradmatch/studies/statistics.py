@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-__all__ = ["Difference", "compare_at_cost", "compare_paired", "interval_of_median"]
+__all__ = ["Difference", "compare_at_cost", "compare_paired", "interval_of_median", "what_seeds_can_tell"]
 
 
 @dataclass(frozen=True)
@@ -103,3 +103,24 @@ def compare_at_cost(
     if any(np.isnan(each.low) for each in every):
         return Difference(central.mean, float("nan"), float("nan"), central.pairs)
     return Difference(central.mean, min(e.low for e in every), max(e.high for e in every), central.pairs)
+
+
+def what_seeds_can_tell(seeds: int, differences: list[Difference], unit: str = "accuracy") -> list[str]:
+    """Lines that say how small a difference the study can see, and how many comparisons it makes."""
+    told = [each for each in differences if each.low == each.low]
+    if seeds < 2:
+        return ["One seed tells nothing about chance: no interval and no verdict can be given.", ""]
+    quantile = stats.t.ppf(0.975, seeds - 1)
+    text = (
+        f"{seeds} seeds: a 95 % interval reaches {quantile:.1f} standard errors to each side (2.0 with many seeds)"
+        f"{', so these runs can tell very little' if seeds < 5 else ''}."
+    )
+    if told:
+        half = np.median([(each.high - each.low) / 2 for each in told])
+        text += f" The median interval here is ±{half:.4f}: smaller differences in {unit} could not have shown."
+    comparisons = len(told)
+    text += (
+        f" With {comparisons} comparisons about {0.05 * comparisons:.1f} would be called better or worse by chance "
+        'alone. "Not distinguishable" does not mean equal.'
+    )
+    return [text, ""]

@@ -1,31 +1,136 @@
-"""Strategies by their study names, and a config patched to train with one of them."""
+"""The strategies that the studies compare, a record each, and a config patched to train with one of them."""
 
 from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any
 
-from composer_gradmatch.train.builders import resolve
-from composer_gradmatch.train.config import ConfigError
+from composer_gradmatch.rules.cost import FORWARD_SHARE, Passes, step_cost
+from composer_gradmatch.rules.table import all_rules
+from composer_gradmatch.train.config import ConfigError, nearest
+from composer_gradmatch.train.registry import resolve
 
-__all__ = ["REUSE", "STRATEGIES", "selecting_entry", "strategy_entry", "with_strategy"]
+__all__ = [
+    "STRATEGIES",
+    "Strategy",
+    "all_strategies",
+    "in_order",
+    "selecting_entry",
+    "selecting_names",
+    "strategy_entry",
+    "strategy_named",
+    "with_strategy",
+]
 
-#: Study name → the algorithm's name in YAML; None is the full batch.
-STRATEGIES: dict[str, str | None] = {
-    "gradmatch": "gradmatch",
-    "loss": "loss_backprop",
-    "random": "random_backprop",
-    "selective_backprop": "selective_backprop",
-    "gradmatch_reuse": "gradmatch",
-    "loss_reuse": "loss_backprop",
-    "full": None,
+
+@dataclass(frozen=True)
+class Strategy:
+    """What a study trains with, and how it is shown.
+
+    Attributes:
+        name (str): Its name on the command line, in tables and in legends.
+        algorithm (str, optional): The selecting algorithm's name in YAML; None for the full batch.
+        passes (int): Forward passes over the whole minibatch beside the training step: see :data:`.Passes`.
+        color (str): Of its lines and bars, as matplotlib names it.
+        marker (str): Of its points, as matplotlib names it: a filled one.
+        arguments (Mapping[str, Any], optional): What tells it from other strategies of the same algorithm.
+            Default: ``{}``.
+    """
+
+    name: str
+    algorithm: str | None
+    passes: Passes
+    color: str
+    marker: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def cost(self, keep: float, forward_share: float = FORWARD_SHARE) -> float:
+        """Tells what a step costs, in full steps, if selection itself is free: see :func:`.step_cost`.
+
+        Args:
+            keep (float): m/M; not used for the full batch.
+            forward_share (float, optional): f, the forward pass's share of a full step. Default: ``1/3``.
+        """
+        return step_cost(self.passes, 1.0 if self.algorithm is None else keep, forward_share)
+
+
+_REUSE = {"reuse_activations": True}
+#: Name → strategy, in the order of tables and legends. Colours are those of seaborn's "colorblind" palette.
+STRATEGIES: dict[str, Strategy] = {
+    strategy.name: strategy
+    for strategy in (
+        Strategy("gradmatch", "gradmatch", 2, "#0173b2", "o"),
+        Strategy("loss", "loss_backprop", 2, "#de8f05", "s"),
+        Strategy("random", "random_backprop", 0, "#029e73", "^"),
+        Strategy("selective_backprop", "selective_backprop", 2, "#d55e00", "D"),
+        Strategy("gradmatch_reuse", "gradmatch", 1, "#cc78bc", "P", _REUSE),
+        Strategy("loss_reuse", "loss_backprop", 1, "#ca9161", "v", _REUSE),
+        Strategy("full", None, 0, "#404040", "X"),
+    )
 }
-#: The strategies that reuse the activations of the selection pass.
-REUSE = {"gradmatch_reuse", "loss_reuse"}
+#: For strategies without a colour of their own: the rest of "colorblind", and darker ones.
+_MORE_COLORS = ("#56b4e9", "#949494", "#fbafe4", "#ece133", "#882255", "#332288", "#117733", "#999933")
+_MORE_MARKERS = ("<", ">", "p", "h", "d", "*", "8")  # One fewer, so that pairs differ for long.
 #: What makes the selection pass another one than the training step's.
 _OWN_PASS = ("scale_factor", "selection_microbatch_size", "selection_precision")
 _ALWAYS = {"start": 0.0, "end": 1.0, "interrupt": 0}
+
+
+def all_strategies() -> dict[str, Strategy]:
+    """Lists the strategies by name: those of :data:`STRATEGIES`, then those of all other rules, by name.
+
+    A rule is a strategy by its own name, and one that looks at its candidates also one by ``NAME_reuse``.
+    """
+    taken = {strategy.algorithm for strategy in STRATEGIES.values()}
+    rules = [rule for name, rule in sorted(all_rules().items()) if name not in taken]
+    colors = _free(_MORE_COLORS, [rule.color for rule in rules])
+    markers = _free(_MORE_MARKERS, [rule.marker for rule in rules])
+    more = []
+    for rule in rules:
+        color, marker = rule.color or next(colors), rule.marker or next(markers)
+        more.append(Strategy(rule.name, rule.name, rule.passes(), color, marker))
+        if rule.passes():
+            name, color, marker = f"{rule.name}_reuse", next(colors), next(markers)
+            more.append(Strategy(name, rule.name, rule.passes(reuse_activations=True), color, marker, _REUSE))
+    # A row of the table is what its name means, whatever a rule is called.
+    return STRATEGIES | {strategy.name: strategy for strategy in more if strategy.name not in STRATEGIES}
+
+
+def _free(palette: tuple[str, ...], own: Iterable[str | None]) -> Iterator[str]:
+    """Goes through what a palette has beside the rules' own, over and over."""
+    own = set(own)
+    return cycle([each for each in palette if each not in own] or palette)
+
+
+def strategy_named(name: str) -> Strategy:
+    """Finds a strategy.
+
+    Raises:
+        ConfigError: If there is none of that name, as when the package that brought it is no longer installed.
+    """
+    strategies = all_strategies()
+    if name not in strategies:
+        raise ConfigError(f"unknown strategy {name!r}; {nearest(name, strategies)}")
+    return strategies[name]
+
+
+def in_order(names: Iterable[str]) -> list[Strategy]:
+    """Lists the strategies of some names, each once, in the order of tables and legends.
+
+    Raises:
+        ConfigError: If there is none of a name.
+    """
+    present = {strategy_named(name).name for name in set(names)}
+    return [strategy for strategy in all_strategies().values() if strategy.name in present]
+
+
+def selecting_names() -> set[str]:
+    """Lists the YAML names of the algorithms that select."""
+    return {strategy.algorithm for strategy in all_strategies().values() if strategy.algorithm is not None}
 
 
 def selecting_entry(config: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
@@ -34,7 +139,7 @@ def selecting_entry(config: dict[str, Any]) -> tuple[str, dict[str, Any]] | None
     Raises:
         ConfigError: If it has more than one.
     """
-    names = [name for name in STRATEGIES.values() if name]
+    names = selecting_names()
     found = [
         (name, dict(arguments or {}))
         for name, arguments in (config.get("algorithms") or {}).items()
@@ -48,7 +153,7 @@ def selecting_entry(config: dict[str, Any]) -> tuple[str, dict[str, Any]] | None
     return found[0] if found else None
 
 
-def strategy_entry(config: dict[str, Any], strategy: str, keep: float) -> dict[str, Any]:
+def strategy_entry(config: dict[str, Any], name: str, keep: float) -> dict[str, Any]:
     """The ``algorithms`` entry of a strategy: ``{}`` for the full batch, else ``{YAML name: arguments}``.
 
     The schedule, the batch keys and ``scale_factor`` are those of the config's own selecting algorithm, whatever
@@ -57,29 +162,28 @@ def strategy_entry(config: dict[str, Any], strategy: str, keep: float) -> dict[s
 
     Args:
         config (dict[str, Any]): A config.
-        strategy (str): A key of :data:`STRATEGIES`.
+        name (str): The strategy's name.
         keep (float): The fraction to keep.
+
+    Raises:
+        ConfigError: If there is no such strategy.
     """
-    name = STRATEGIES[strategy]
-    if name is None:
+    strategy = strategy_named(name)
+    if strategy.algorithm is None:
         return {}
     entry = selecting_entry(config)
     shared = _ALWAYS if entry is None else entry[1]
-    own = (config.get("algorithms") or {}).get(name) or {}
-    accepted = inspect.signature(resolve("algorithm", name)).parameters
+    own = (config.get("algorithms") or {}).get(strategy.algorithm) or {}
+    accepted = inspect.signature(resolve("algorithm", strategy.algorithm)).parameters
     common = ("start", "end", "interrupt", "input_key", "target_key", "scale_factor")
     arguments = {**own, **{key: shared[key] for key in common if key in shared and key in accepted}}
-    if strategy in REUSE:
+    if strategy.passes == 1:
         arguments = {key: value for key, value in arguments.items() if key not in _OWN_PASS}
-        arguments["reuse_activations"] = True
-    return {name: {**arguments, "keep": keep}}
+    return {strategy.algorithm: {**arguments, **strategy.arguments, "keep": keep}}
 
 
-def with_strategy(config: dict[str, Any], strategy: str, keep: float) -> dict[str, Any]:
+def with_strategy(config: dict[str, Any], name: str, keep: float) -> dict[str, Any]:
     """A copy of a config that trains with a strategy in the place of its own selecting algorithm."""
-    config = copy.deepcopy(config)
-    selecting = set(STRATEGIES.values())
-    others = {name: value for name, value in (config.get("algorithms") or {}).items() if name not in selecting}
-    original = {**config}
-    config["algorithms"] = {**others, **strategy_entry(original, strategy, keep)}
-    return config
+    selecting = selecting_names()
+    others = {key: value for key, value in (config.get("algorithms") or {}).items() if key not in selecting}
+    return copy.deepcopy({**config, "algorithms": {**others, **strategy_entry(config, name, keep)}})

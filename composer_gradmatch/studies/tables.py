@@ -9,7 +9,7 @@ import pandas as pd
 
 from composer_gradmatch.studies.statistics import interval_of_median
 from composer_gradmatch.studies.store import Record, Store
-from composer_gradmatch.studies.strategies import STRATEGIES
+from composer_gradmatch.studies.strategies import in_order
 
 __all__ = ["Table", "cell_order", "conditions", "frame", "markdown", "measured_costs", "range_of"]
 
@@ -60,7 +60,8 @@ def range_of(values: Sequence[float], digits: int = 4) -> str:
 def cell_order(data: Table) -> list[tuple[str, float]]:
     """The pairs (strategy, keep) of a table, keep by keep, the full batch last."""
     pairs = set(zip(data["strategy"], data["keep"], strict=True))
-    return sorted(pairs, key=lambda pair: (pair[0] == "full", pair[1], list(STRATEGIES).index(pair[0])))
+    order = {strategy.name: place for place, strategy in enumerate(in_order(data["strategy"]))}
+    return sorted(pairs, key=lambda pair: (pair[0] == "full", pair[1], order[pair[0]]))
 
 
 def measured_costs(store: Store) -> dict[tuple[str, float], tuple[float, float, float]]:

@@ -1,52 +1,22 @@
-"""What a run of each kind does, by name: workers are sent the name."""
+"""Doing a run in a worker process, which is sent the name of what to do."""
 
 from __future__ import annotations
 
-import warnings
+from pkgutil import resolve_name
 from typing import Any
 
-from composer_gradmatch.studies.gradient_error import gradient_error
-from composer_gradmatch.studies.recorder import RunRecorder
-from composer_gradmatch.studies.step_time import step_time
 from composer_gradmatch.studies.store import Run
-from composer_gradmatch.train import build_trainer
+from composer_gradmatch.train.trainer import expect_small_batches
 
-__all__ = ["do_run", "training"]
-
-
-def training(run: Run) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Trains the run's config: one row, with the best and the last evaluation."""
-    recorder = RunRecorder(run.options["metric"])
-    trainer = build_trainer(run.config, recorder)
-    try:
-        trainer.fit()
-        time = trainer.state.timestamp
-    finally:
-        trainer.close()
-    if not recorder.values:
-        raise RuntimeError(f"{run.options['metric']} was never evaluated. Set eval_interval=1ep.")
-    means = {f"mean_{kind}": total / count for kind, (total, count) in recorder.sums.items() if count}
-    row = {
-        "best_accuracy": max(recorder.values),
-        "last_accuracy": recorder.values[-1],
-        "evaluations": len(recorder.values),
-        "steps": recorder.steps,
-        "samples_forwarded": int(time.sample),
-        "samples_backpropagated": recorder.backpropagated,
-        "batches_trained_whole": recorder.trained_whole,
-        "batches_not_matched": recorder.not_matched,
-        **means,
-        "training_seconds": time.total_wct.total_seconds(),
-        "selection_seconds": recorder.selection_seconds,
-    }
-    return [row], {"accuracies": recorder.values}
+__all__ = ["do_run"]
 
 
-_TASKS = {"accuracy": training, "learning-rate": training, "gradient-error": gradient_error, "step-time": step_time}
+def do_run(task: str, run: Run) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Does a run by the task of its study: returns its rows, and what is too long for a table.
 
-
-def do_run(run: Run) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Does a run of any kind: its rows, and what is too long for a table."""
-    # Composer remarks on each batch smaller than a microbatch; with selection that is what was asked for.
-    warnings.filterwarnings("ignore", "Cannot split tensor of length", UserWarning)
-    return _TASKS[run.kind](run)
+    Args:
+        task (str): See :class:`.Study`.
+        run (Run): What to do.
+    """
+    expect_small_batches()
+    return resolve_name(task)(run)

@@ -14,7 +14,7 @@ from composer_gradmatch.train.config import ConfigError, one_line
 
 __all__ = ["frames_of", "mark_as_users", "refusing", "touches_users_code"]
 
-_OWN = str(Path(__file__).resolve().parent)
+_OWN = str(Path(__file__).resolve().parents[1])
 _STANDARD = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib"))
 # Packages of things that a config names by an entry point: installed, and yet the user's.
 _users_packages: set[str] = set()

@@ -14,9 +14,9 @@ from composer.core import Time
 from composer.utils import ParallelismConfig
 from composer.utils.file_helpers import format_name_with_dist
 
-from composer_gradmatch.train.builders import check_entries, check_loader, check_section
 from composer_gradmatch.train.config import ConfigError, argument_problems, matches, nearest, show_type
 from composer_gradmatch.train.refusals import refusing
+from composer_gradmatch.train.section_checks import check_entries, check_loader, check_section
 from composer_gradmatch.train.value_rules import TRAINER_RULES, number_problems, overwriting_problem, rule_problems
 
 __all__ = ["TRAINER_KEYS", "check_config"]

@@ -15,10 +15,11 @@ from composer.loggers import Logger
 from composer.models import ComposerModel
 from torch.utils.data import DataLoader, TensorDataset
 
+from composer_gradmatch.algorithms.rule_backprop import RuleBackprop
 from composer_gradmatch.forward.torch_private import is_of_compiler
-from composer_gradmatch.train.builders import resolve
 from composer_gradmatch.train.config import ConfigError, one_line, parse_time
 from composer_gradmatch.train.refusals import frames_of, refusing, touches_users_code
+from composer_gradmatch.train.registry import resolve
 
 __all__ = ["BatchesBegun", "check_samples", "refusing_key", "setting_up"]
 
@@ -157,6 +158,8 @@ def refusing_key(config: dict[str, Any], error: BaseException) -> str | None:
         if module == "composer.trainer.trainer":
             # The optimizer calls the whole of the Trainer's step: what that raises is not the optimizer's doing.
             return None
+        if isinstance(own, RuleBackprop) and (key := f"algorithms.{own.rule.name}") in factories:
+            return key
         for key, factory in factories.items():
             if (inspect.isclass(factory) and isinstance(own, factory)) or module == factory.__module__:
                 return key

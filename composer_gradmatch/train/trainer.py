@@ -30,7 +30,7 @@ from composer_gradmatch.train.run_summary import RunSummary
 from composer_gradmatch.train.schema import TRAINER_KEYS, check_config
 from composer_gradmatch.train.setting_up import BatchesBegun, check_samples, setting_up
 
-__all__ = ["build_trainer", "train"]
+__all__ = ["build_trainer", "expect_small_batches", "train"]
 
 
 def _run_folder(config: dict[str, Any], run_name: str) -> Path | None:
@@ -161,6 +161,11 @@ def build_trainer(config: dict[str, Any], summary: RunSummary | None = None) -> 
     return trainer
 
 
+def expect_small_batches() -> None:
+    """Silences, in this process, what Composer remarks on batches smaller than a microbatch: selection makes them."""
+    warnings.filterwarnings("ignore", "Cannot split tensor of length", UserWarning)
+
+
 def train(config: dict[str, Any]) -> Trainer:
     """Trains what a config describes and prints a short table at the end.
 
@@ -173,8 +178,7 @@ def train(config: dict[str, Any]) -> Trainer:
     Raises:
         ConfigError: If the config cannot be run.
     """
-    # Composer remarks on each batch smaller than a microbatch; with selection that is what was asked for.
-    warnings.filterwarnings("ignore", "Cannot split tensor of length", UserWarning)
+    expect_small_batches()
     summary = RunSummary()
     trainer = build_trainer(config, summary)
     begun = BatchesBegun()

@@ -18,8 +18,8 @@ from composer.models import ComposerClassifier, ComposerModel
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from composer_gradmatch import GradMatch, LossBackprop, RandomBackprop, select_first
-from composer_gradmatch.algorithms.loss_backprop import loss_percentiles, select_by_percentile
+from composer_gradmatch import Candidates, GradMatch, LossBackprop, RandomBackprop, select_first
+from composer_gradmatch.rules.loss_percentiles import LossPercentiles, loss_percentiles, select_by_percentile
 
 ALL = [GradMatch, LossBackprop, RandomBackprop]
 ON = {"start": 0.0, "end": 1.0, "interrupt": 0}
@@ -71,7 +71,7 @@ def test_the_selection_pass_leaves_no_trace(algorithm_class, monkeypatch):
         if algorithm_class is LossBackprop:
             # Its draw is meant to move the generator; the pass is not.
             monkeypatch.setattr(
-                "composer_gradmatch.algorithms.loss_backprop.select_by_percentile", lambda p, m, b: torch.arange(m)
+                "composer_gradmatch.rules.loss_percentiles.select_by_percentile", lambda p, m, b: torch.arange(m)
             )
         before = fingerprint()
         original(state, logger)
@@ -219,10 +219,11 @@ def test_a_batch_that_is_not_finite_is_trained_whole_counted_and_warned_of_once(
     data.tensors[0][25] = float("inf")
     logger = InMemoryLogger()
     model = MLP.model()
+    algorithm = algorithm_class(keep=0.3, **ON)
     with pytest.warns(UserWarning, match="not finite") as caught:
-        fit([algorithm_class(keep=0.3, **ON)], model, data, loggers=[logger], max_duration="1ep", lr=0.0)
+        fit([algorithm], model, data, loggers=[logger], max_duration="1ep", lr=0.0)
     assert len([w for w in caught if "not finite" in str(w.message)]) == 1
-    name = algorithm_class.log_name
+    name = algorithm.log_name
     assert [v for _, v in logger.data[f"{name}/batches_trained_whole"]] == [1, 2, 3] or [
         v for _, v in logger.data[f"{name}/batches_trained_whole"]
     ] == [1, 2]
@@ -256,10 +257,8 @@ def test_loss_backprop_picks_what_select_using_loss_picks_for_the_same_draws(mon
     monkeypatch.setattr(np.random, "choice", choice)
     theirs, their_targets = select_using_loss(inputs, targets, module, F.cross_entropy, keep=0.3)
 
-    algorithm = LossBackprop(keep=0.3, **ON)
-    monkeypatch.setattr(algorithm, "_losses", lambda state, n: losses.double())
     torch.manual_seed(5)
-    picks = algorithm._select(None, 40, 12).indices
+    picks = LossPercentiles(beta=1 / 0.3 - 1)(Candidates(40, losses=losses), 12).indices
     assert torch.equal(inputs[picks], theirs)
     assert torch.equal(targets[picks], their_targets)
 
@@ -290,7 +289,7 @@ def test_percentiles_of_a_history():
 def test_a_history_remembers_the_most_recent_losses():
     algorithm = LossBackprop(keep=0.3, history=50, **ON)
     fit([algorithm], max_duration="2ep")
-    assert len(algorithm._recent) == 50
+    assert len(algorithm.rule.function.recent) == 50
 
 
 def test_keep_of_two_thirds_and_more_is_warned_of():

@@ -12,11 +12,11 @@ from torch import nn
 
 from composer_gradmatch.algorithms.enough_samples import (
     enough_samples,
-    fewest_in_a_microbatch,
     fill_up,
     num_microbatches,
     smallest_microbatch,
 )
+from composer_gradmatch.forward.batch_norm import fewest_in_a_microbatch
 from composer_gradmatch.rules.picks import Picks
 
 

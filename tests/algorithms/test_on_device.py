@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -23,8 +24,11 @@ ON = {"start": 0.0, "end": 1.0, "interrupt": 0}
 
 
 class OnDevice(GradMatch):
-    def _stays_on_device(self, state):
-        return True
+    """Chooses on the CPU as on a GPU."""
+
+    def apply(self, event, state, logger):
+        with patch("composer_gradmatch.rules.gradient_matching.decides_on_device", return_value=True):
+            super().apply(event, state, logger)
 
 
 def train(algorithm, case=MLP, data=None, **kwargs):
@@ -125,9 +129,9 @@ def meta_state(case, microbatch):
 def test_from_the_selection_forward_to_the_weighted_loss_the_host_waits_for_nothing(case, microbatch):
     state = meta_state(case, microbatch)
     algorithm = GradMatch(keep=0.3, output_layer=f"module.{case.layer}", **ON)
-    algorithm._output_layer(state)
+    algorithm.selector.layer.of(state)
     with NoHostSync():
-        selection = algorithm._select(state, 20, 6)
+        selection = algorithm.selector.select(state, 20, 6)
         picked = take_samples(state.batch, selection.indices, 20)
         part = tuple(leaf[2:5] for leaf in picked)
         weights = match_rows(part, picked, selection.weights.float())
@@ -143,4 +147,4 @@ def test_from_the_selection_forward_to_the_weighted_loss_the_host_waits_for_noth
 def test_the_solvers_on_the_host_do_make_it_wait(arguments):
     algorithm = GradMatch(keep=0.3, output_layer="module.2", **arguments, **ON)
     with pytest.raises(HostSyncError), NoHostSync():
-        algorithm._select(meta_state(MLP, 20), 20, 6)
+        algorithm.selector.select(meta_state(MLP, 20), 20, 6)

@@ -48,7 +48,7 @@ def test_picks_and_weights_are_those_of_one_pass(case, algorithm_class):
 def test_the_size_is_the_training_microbatches_unless_it_is_given(algorithm_class, own, trainers, expected):
     model = MLP.model()
     algorithm = algorithm_class(keep=0.4, selection_microbatch_size=own, **ON)
-    original = algorithm._select
+    original = algorithm.selector.select
 
     def select(state, num_samples, num_picks):
         sizes = sizes_of_forward_passes(model)
@@ -56,7 +56,7 @@ def test_the_size_is_the_training_microbatches_unless_it_is_given(algorithm_clas
         assert [size for _, size in sizes] == expected
         return selection
 
-    algorithm._select = select
+    algorithm.selector.select = select
     selections(model, MLP.data(20), algorithm, device_train_microbatch_size=trainers)
 
 
@@ -80,11 +80,15 @@ class Small(nn.Module):
         return self.head(torch.relu(self.body(inputs)))
 
 
+def in_head(algorithm_class):
+    """Names the output layer, which is then found without a forward pass."""
+    return {"output_layer": "module.head"} if algorithm_class is GradMatch else {}
+
+
 @pytest.mark.parametrize("algorithm_class", TWO_PASS)
 def test_auto_halves_until_it_fits_and_remembers(algorithm_class):
     module = Small(limit=6)
-    algorithm = algorithm_class(keep=0.3, selection_microbatch_size="auto", **ON)
-    algorithm.output_layer = "module.head"  # Found without a forward pass.
+    algorithm = algorithm_class(keep=0.3, selection_microbatch_size="auto", **in_head(algorithm_class), **ON)
     model = ComposerClassifier(module, num_classes=5)
     first, second = selections(model, MLP.data(40), algorithm, max_duration="2ba")
     assert module.sizes[:3] == [20, 10, 5]
@@ -104,8 +108,7 @@ def test_auto_follows_the_trainers_own(algorithm_class):
             state.auto_microbatching = True
 
     module = Small(limit=6)
-    algorithm = algorithm_class(keep=0.3, **ON)
-    algorithm.output_layer = "module.head"
+    algorithm = algorithm_class(keep=0.3, **in_head(algorithm_class), **ON)
     make_trainer(ComposerClassifier(module, num_classes=5), loader(MLP.data(20), 20), [algorithm, Auto()]).fit()
     assert module.sizes[:3] == [20, 10, 5]
 
@@ -114,8 +117,7 @@ def test_auto_follows_the_trainers_own(algorithm_class):
 @pytest.mark.parametrize("size", [None, 10, "auto"])
 def test_memory_that_cannot_do_is_told_with_the_remedy(algorithm_class, size):
     module = Small(limit=0)
-    algorithm = algorithm_class(selection_microbatch_size=size)
-    algorithm.output_layer = "module.head"
+    algorithm = algorithm_class(selection_microbatch_size=size, **in_head(algorithm_class))
     with pytest.raises(RuntimeError, match=r"Memory ran out in the selection pass of \w+, with (1|10|20) samples"):
         selections(ComposerClassifier(module, num_classes=5), MLP.data(20), algorithm)
 
@@ -137,14 +139,14 @@ def test_batchnorm_normalises_each_selection_microbatch_by_itself_and_keeps_its_
     model = BATCHNORM.model()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     algorithm = GradMatch(keep=0.4, selection_microbatch_size=5, **ON)
-    original = algorithm._select
+    original = algorithm.selector.select
 
     def select(*args):
         selection = original(*args)
         assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
         return selection
 
-    algorithm._select = select
+    algorithm.selector.select = select
     selections(model, BATCHNORM.data(20), algorithm)
     assert not torch.equal(model.module[1].running_mean, before["module.1.running_mean"])
 
@@ -157,16 +159,16 @@ def test_low_precision_runs_the_selection_pass_only():
     model.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
     low = GradMatch(keep=0.3, selection_precision="amp_bf16", **ON)
     full = GradMatch(keep=0.3, **ON)
-    original, pairs = low._select, []
+    original, pairs = low.selector.select, []
 
     def select(state, *sizes):
         selection = original(state, *sizes)
         assert dtypes[-1] == torch.bfloat16
-        pairs.append([set(each.indices.tolist()) for each in (selection, full._select(state, *sizes))])
+        pairs.append([set(each.indices.tolist()) for each in (selection, full.selector.select(state, *sizes))])
         assert dtypes[-1] == torch.float32
         return selection
 
-    low._select = select
+    low.selector.select = select
     selections(model, digits(split="train"), low, batch_size=128, max_duration="3ep", seed=0, lr=0.02)
     assert dtypes[-1] == torch.float32  # The training step.
     overlap = [len(a & b) / len(b) for a, b in pairs]

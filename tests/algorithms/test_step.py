@@ -200,14 +200,14 @@ def test_with_unit_weights_the_step_is_that_of_training_on_the_picks(monkeypatch
     dataset = CONV.data(M)
     algorithm = always()
     seen = []
-    original = algorithm._select
+    original = algorithm.selector.select
 
     def equal_weights(*args):
         selection = original(*args)
         seen.append(selection)
         return type(selection)(selection.indices, torch.ones(len(selection.indices), dtype=torch.float64))
 
-    monkeypatch.setattr(algorithm, "_select", equal_weights)
+    monkeypatch.setattr(algorithm.selector, "select", equal_weights)
     steps = step_of(CONV.model(), loader(dataset, M), [algorithm], device_train_microbatch_size=4)
     picks = seen[0].indices
     inputs, targets = dataset.tensors

@@ -9,25 +9,24 @@ import torch
 import torch.nn.functional as F
 from composer.core import Event
 
-from composer_gradmatch.algorithms import gradmatch
 from composer_gradmatch.data import NoisyLabels, digits
+from composer_gradmatch.rules import gradient_matching
 from composer_gradmatch.spans import SpanRecorder, span
+from composer_gradmatch.studies.accuracy.plan import plan_accuracy
 from composer_gradmatch.studies.configs import with_synthetic_data
-from composer_gradmatch.studies.gradient_error import GradientErrors, gradient_error
+from composer_gradmatch.studies.gradient_error.measure import GradientErrors, gradient_error
+from composer_gradmatch.studies.gradient_error.plan import plan_gradient_error
 from composer_gradmatch.studies.interleave import Variant, fit_interleaved
-from composer_gradmatch.studies.plans import (
-    plan_accuracy,
-    plan_gradient_error,
-    plan_learning_rate,
-    plan_step_time,
-)
-from composer_gradmatch.studies.step_time import PARTS, cost_of_shares, estimated_cost, step_time
-from composer_gradmatch.studies.strategies import strategy_entry, with_strategy
+from composer_gradmatch.studies.learning_rate.plan import plan_learning_rate
+from composer_gradmatch.studies.registry import STUDIES
+from composer_gradmatch.studies.step_time.plan import plan_step_time
+from composer_gradmatch.studies.step_time.report import cost_of_shares
+from composer_gradmatch.studies.step_time.timer import PARTS, step_time
+from composer_gradmatch.studies.strategies import STRATEGIES, strategy_entry, with_strategy
 from composer_gradmatch.studies.tasks import do_run
 from composer_gradmatch.train.config import ConfigError, load_config
 
 DIGITS = Path(__file__).resolve().parents[2] / "configs" / "digits.yaml"
-METRIC = "metrics/eval/MulticlassAccuracy"
 
 
 def config(*overrides):
@@ -43,7 +42,8 @@ class Spy(GradientErrors):
 
     def apply(self, event, state, logger):
         if event == Event.AFTER_TRAIN_BATCH and self._measuring:
-            weights = getattr(self.current.algorithm, "_weights", None)
+            picks = getattr(self.current.algorithm, "last_selection", None)  # Composer's own has none.
+            weights = None if picks is None else picks.weights
             gradient = torch.cat([p.grad.flatten() for p in state.model.parameters()])
             self.seen.append((self.current, state.batch, weights, gradient.clone()))
         super().apply(event, state, logger)
@@ -89,9 +89,8 @@ def test_gradient_errors_are_those_of_explicit_gradients():
 
 
 def test_the_first_epoch_of_a_minibatch_as_large_as_the_data_has_no_error():
-    (run,) = plan_gradient_error(
-        config("global_train_batch_size=1437"), ["random"], [0.5], 1, minibatches=2, mode="train", checkpoint=""
-    )
+    whole = config("global_train_batch_size=1437")
+    (run,) = plan_gradient_error(whole, ["random"], [0.5], seeds=1, minibatches=2, mode="train", checkpoint="").runs
     rows, details = gradient_error(run)
     assert details == {"samples": 1437}
     assert [row["strategy"] for row in rows] == ["full", "random"] * 2
@@ -106,7 +105,7 @@ def test_gradient_errors_at_a_checkpoint(tmp_path):
     options = {"minibatches": 1, "mode": "eval"}
     at = {}
     for checkpoint in ("", str(tmp_path / "latest-rank0.pt")):
-        (run,) = plan_gradient_error(config(), ["random"], [0.1], 1, checkpoint=checkpoint, **options)
+        (run,) = plan_gradient_error(config(), ["random"], [0.1], seeds=1, checkpoint=checkpoint, **options).runs
         at[checkpoint] = gradient_error(run)[0][0]
     trained.state.model.double().eval()
     full = explicit_gradient(trained.state.model, *digits("train").tensors)
@@ -117,7 +116,7 @@ def test_gradient_errors_at_a_checkpoint(tmp_path):
 
 def test_step_times_have_every_variant_in_every_round_and_parts_that_add_up():
     strategies = ["full", "random", "selective_backprop", "loss", "gradmatch"]
-    run = plan_step_time(config(), strategies, [0.1], rounds=2, synthetic=False)
+    (run,) = plan_step_time(config(), strategies, [0.1], rounds=2, synthetic=False).runs
     rows, _ = step_time(run)
     steps = [row for row in rows if row["measured"] == "step"]
     assert sorted((row["strategy"], row["round"]) for row in steps) == sorted(
@@ -151,8 +150,8 @@ def test_step_times_have_every_variant_in_every_round_and_parts_that_add_up():
 )
 def test_the_cost_of_a_strategy_follows_from_the_shares_of_a_full_step(strategy, cost, model):
     keep = 1.0 if strategy == "full" else 0.2
-    assert cost_of_shares(strategy, keep, 0.3, 0.475, 0.225) == pytest.approx(cost)
-    assert estimated_cost(strategy, keep) == pytest.approx(model)
+    assert cost_of_shares(STRATEGIES[strategy], keep, 0.3, 0.475, 0.225) == pytest.approx(cost)
+    assert STRATEGIES[strategy].cost(keep) == pytest.approx(model)
 
 
 def test_synthetic_data_have_the_data_sets_shape():
@@ -166,7 +165,8 @@ def test_synthetic_data_have_the_data_sets_shape():
 
 
 def test_scaled_batches_are_timed_for_a_sample():
-    timing, runs = plan_accuracy(config(), ["random", "full"], [0.25], 1, metric=METRIC, batch_size="scaled", rounds=1)
+    plan = plan_accuracy(config(), ["random", "full"], [0.25], seeds=1, batch_size="scaled", rounds=1)
+    (timing,), runs = plan.alone, plan.runs
     assert [run.config["global_train_batch_size"] for run in runs] == [512, 128]
     assert runs[0].config["device_train_microbatch_size"] == 128
     rows, _ = step_time(timing)
@@ -174,13 +174,13 @@ def test_scaled_batches_are_timed_for_a_sample():
     assert {row["samples_kept"] for row in random} == {128}
     full = {row["round"]: row["seconds"] for row in rows if row["strategy"] == "full"}
     assert all(row["ratio"] == pytest.approx(row["seconds"] / 4 / full[row["round"]]) for row in random)
-    ((row,), _) = do_run(runs[0])
+    ((row,), _) = do_run(STUDIES["accuracy"].task, runs[0])
     assert (row["steps"], row["samples_forwarded"], row["samples_backpropagated"]) == (2, 1024, 256)
 
 
 def test_a_strategy_that_does_not_select_is_not_timed(monkeypatch):
-    monkeypatch.setattr(gradmatch, "match_mean_gradient", lambda *args, **kwargs: None)
-    run = plan_step_time(config(), ["gradmatch"], [0.1], rounds=1, synthetic=False)
+    monkeypatch.setattr(gradient_matching, "match_mean_gradient", lambda *args, **kwargs: None)
+    (run,) = plan_step_time(config(), ["gradmatch"], [0.1], rounds=1, synthetic=False).runs
     with pytest.raises(RuntimeError, match="gradmatch trained a batch whole"):
         step_time(run)
 
@@ -204,15 +204,15 @@ def test_strategies_share_the_configs_schedule_and_keep_their_own_arguments():
 def test_a_smaller_factor_trains_longer_with_a_smaller_learning_rate():
     base = config("max_duration=2ep")
     base["scheduler"] = {"name": "multistep", "milestones": ["1ep"], "gamma": 0.1}
-    runs = plan_learning_rate(base, ["random"], [0.1], 1, metric=METRIC, factors=[0.5, 2.0])
+    runs = plan_learning_rate(base, ["random"], [0.1], seeds=1, factors=[0.5, 2.0]).runs
     assert [run.config["optimizer"]["lr"] for run in runs] == [0.025, 0.1]
-    rows = [do_run(run)[0][0] for run in runs]
+    rows = [do_run(STUDIES["learning-rate"].task, run)[0][0] for run in runs]
     assert [row["evaluations"] for row in rows] == [4, 1]
     assert [row["samples_forwarded"] for row in rows] == [4 * 1408, 1408]
 
 
 def test_noisy_runs_are_noisy_by_their_seed_alone(tmp_path):
-    _, runs = plan_accuracy(config(), ["gradmatch", "random"], [0.1, 0.3], 2, metric=METRIC, label_noise=0.1)
+    runs = plan_accuracy(config(), ["gradmatch", "random"], [0.1, 0.3], seeds=2, label_noise=0.1).runs
     noise = {run.settings["seed"]: set() for run in runs}
     for run in runs:
         arguments = run.config["train_loader"]["label_noise"]

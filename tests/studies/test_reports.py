@@ -2,46 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
+from made_up_results import accuracy, add, costs, line
 
 from composer_gradmatch.studies.report import write_report
-from composer_gradmatch.studies.step_time import PARTS
-from composer_gradmatch.studies.store import Record, Run, Store
-
-PROVENANCE = {"machine": "a machine", "python": "3.11", "torch version": "2.7", "git revision": "abc"}
-
-
-def add(store, kind, settings, *rows, error=""):
-    run = Run(kind, settings, {})
-    store.save(run, Record(kind, settings, {}, list(rows), error, PROVENANCE, 1.0))
-
-
-def accuracy(store, strategy, keep, values, noise=0.0):
-    for seed, value in enumerate(values):
-        settings = {"strategy": strategy, "keep": keep, "seed": seed, "label_noise": noise, "batch_size": "fixed"}
-        add(store, "accuracy", settings, {"best_accuracy": value, "last_accuracy": value - 0.01})
-
-
-def costs(store, **ratios):
-    rows = [
-        {"strategy": name, "keep": keep, "measured": "step", "ratio": ratio, "batch_size": 128}
-        for name, points in ratios.items()
-        for keep, ratio in points.items()
-        for _ in range(10)
-    ]
-    add(store, "step-time", {"variants": "all", "rounds": 10}, *rows)
-
-
-@pytest.fixture
-def store(tmp_path):
-    store = Store(tmp_path / "study", {})
-    yield store
-    store.close()
-
-
-def line(text, *starts):
-    (found,) = (row for row in text.splitlines() if row.startswith(starts))
-    return found
+from composer_gradmatch.studies.step_time.timer import PARTS
 
 
 def test_better_at_equal_keep_can_be_worse_at_equal_cost(store):

@@ -14,16 +14,15 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tasks_for_workers import behave
 
 from composer_gradmatch.studies.__main__ import main
-from composer_gradmatch.studies.plans import plan_accuracy, scaled_batch_size
+from composer_gradmatch.studies.accuracy.plan import plan_accuracy, scaled_batch_size
+from composer_gradmatch.studies.planning import identity
 from composer_gradmatch.studies.pool import run_all
 from composer_gradmatch.studies.store import Record, Run, Store, write_atomically
 from composer_gradmatch.train.builders import build_algorithms
 from composer_gradmatch.train.config import ConfigError, load_config
-
-sys.path.insert(0, str(Path(__file__).parent))  # Workers are given this path, too.
-from tasks_for_workers import behave
 
 DIGITS = str(Path(__file__).resolve().parents[2] / "configs" / "digits.yaml")
 MINILM = str(Path(DIGITS).with_name("imdb_minilm.yaml"))
@@ -164,6 +163,15 @@ def study(out, max_duration="1ep"):
     ]
 
 
+def save_timing(out, max_duration):
+    """Leaves the folder as that study does once it has timed its steps."""
+    config = load_config(DIGITS, [f"max_duration={max_duration}"])
+    plan = plan_accuracy(config, ["random", "full"], [0.1], seeds=2, rounds=1)
+    store = Store(out, identity("accuracy", config, **plan.shared))
+    store.save(plan.alone[0], record(plan.alone[0], strategy="full"))
+    store.close()
+
+
 def start_study_and_wait(command, out, pattern, count):
     """The process, once ``count`` files match."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -199,10 +207,12 @@ def alive(pid):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_a_study_told_to_stop_stops_at_once(how, tmp_path):
     out = tmp_path / "out"
+    save_timing(out, "100000ep")
     process = start_study_and_wait(study(out, "100000ep"), out, "logs/accuracy-*.log", 1)
     assert "The same command goes on from here" in stop_study(process, how)
     assert process.returncode == 128 + how
     assert [path.name[:9] for path in out.glob("runs/*.json")] == ["step-time"]
+    assert not list(out.glob("logs/step-time*"))
 
 
 def test_a_killed_study_loses_nothing_and_goes_on_with_the_missing_runs(tmp_path):
@@ -370,7 +380,7 @@ def test_scaled_batches_at_the_shipped_keeps():
 @pytest.mark.parametrize(("base", "keep"), [(64, 0.3), (7, 0.29), (1, 0.1)])
 def test_the_plan_and_its_algorithm_keep_the_base(strategy, base, keep):
     config = load_config(DIGITS, [f"global_train_batch_size={base}"])
-    _, (run,) = plan_accuracy(config, [strategy], [keep], 1, metric="m", batch_size="scaled", rounds=1)
+    (run,) = plan_accuracy(config, [strategy], [keep], seeds=1, batch_size="scaled", rounds=1).runs
     size = run.config["global_train_batch_size"]
     (algorithm,) = build_algorithms(run.config["algorithms"])
     assert max(1, int(algorithm.keep * size)) == base

@@ -12,11 +12,13 @@ from config_fuzz import GOOD, Change, changed, run
 from torch import nn
 from torch.utils.data import Dataset
 
+from composer_gradmatch import GradMatch
 from composer_gradmatch.train import main, train
-from composer_gradmatch.train.builders import TABLES, check_entries
 from composer_gradmatch.train.config import ConfigError, load_config, matches, parse_time
 from composer_gradmatch.train.refusals import frames_of, touches_users_code
+from composer_gradmatch.train.registry import TABLES
 from composer_gradmatch.train.schema import check_config
+from composer_gradmatch.train.section_checks import check_entries
 from composer_gradmatch.train.value_rules import overwriting_problem
 
 BAD = [
@@ -284,6 +286,15 @@ def test_whose_code_an_exception_has_touched():
         torch.nn.functional.softmax(torch.zeros(2), dim=7)
     error = caught.value
     assert touches_users_code(error)  # This test's frame is the user's.
+    error.__traceback__ = error.__traceback__.tb_next
+    assert frames_of(error)
+    assert not touches_users_code(error)
+
+
+def test_this_package_is_not_the_users_code():
+    with pytest.raises(ValueError, match="keep") as caught:
+        GradMatch(keep=7)
+    error = caught.value
     error.__traceback__ = error.__traceback__.tb_next
     assert frames_of(error)
     assert not touches_users_code(error)

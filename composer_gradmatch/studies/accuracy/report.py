@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pandas as pd
-from scipy import stats
 
-from composer_gradmatch.studies.figures import draw_accuracy, draw_accuracy_over_cost
-from composer_gradmatch.studies.statistics import Difference, compare_at_cost, compare_paired
-from composer_gradmatch.studies.step_time import estimated_cost
+from composer_gradmatch.studies.accuracy.figures import draw_accuracy, draw_accuracy_over_cost
+from composer_gradmatch.studies.statistics import Difference, compare_at_cost, compare_paired, what_seeds_can_tell
 from composer_gradmatch.studies.store import Store
+from composer_gradmatch.studies.strategies import strategy_named
 from composer_gradmatch.studies.tables import Table, cell_order, conditions, frame, markdown, measured_costs, range_of
 
-__all__ = ["paired_with", "report_accuracy", "what_seeds_can_tell"]
+__all__ = ["paired_with", "report_accuracy"]
 
 Costs = dict[tuple[str, float], tuple[float, float, float]]
 _COLUMNS = {"best": "best_accuracy", "last": "last_accuracy"}
@@ -44,29 +43,9 @@ def at_equal_cost(data: Table, cell: tuple[str, float], costs: Costs, column: st
     return compare_at_cost(own[seeds].tolist(), costs[cell], curve_costs, table.loc[seeds].to_numpy().tolist())
 
 
-def what_seeds_can_tell(seeds: int, differences: list[Difference], unit: str = "accuracy") -> list[str]:
-    """Lines that say how small a difference the study can see, and how many comparisons it makes."""
-    told = [each for each in differences if each.low == each.low]
-    if seeds < 2:
-        return ["One seed tells nothing about chance: no interval and no verdict can be given.", ""]
-    quantile = stats.t.ppf(0.975, seeds - 1)
-    text = (
-        f"{seeds} seeds: a 95 % interval reaches {quantile:.1f} standard errors to each side (2.0 with many seeds)"
-        f"{', so these runs can tell very little' if seeds < 5 else ''}."
-    )
-    if told:
-        half = pd.Series([(each.high - each.low) / 2 for each in told]).median()
-        text += f" The median interval here is ±{half:.4f}: smaller differences in {unit} could not have shown."
-    comparisons = len(told)
-    text += (
-        f" With {comparisons} comparisons about {0.05 * comparisons:.1f} would be called better or worse by chance "
-        'alone. "Not distinguishable" does not mean equal.'
-    )
-    return [text, ""]
-
-
 def report_accuracy(store: Store, name: str) -> list[str]:
-    """Draws the figures and returns the summary's lines."""
+    """Writes the table of costs, draws the figures and returns the summary's lines."""
+    store.write_table("step-time", "costs.csv")
     data = frame(store.records("accuracy"))
     lines = [f"# Accuracy study of {name}", "", *conditions(store, "accuracy"), ""]
     if data.empty:
@@ -154,7 +133,7 @@ def _cost_table(data: Table, costs: Costs) -> list[str]:
     for cell in cell_order(data):
         if cell in costs:
             median, low, high = costs[cell]
-            model = f"{estimated_cost(*cell):.2f}"
+            model = f"{strategy_named(cell[0]).cost(cell[1]):.2f}"
             rows.append([cell[0], f"{cell[1]:g}", f"{median:.2f}", f"{low:.2f} to {high:.2f}", model])
     return ["## Cost", "", *markdown(["strategy", "keep", "measured", "95 % interval", "cost model"], rows)]
 

@@ -4,13 +4,31 @@ from __future__ import annotations
 
 import pandas as pd
 
-from composer_gradmatch.studies.figures import draw_step_times
 from composer_gradmatch.studies.statistics import interval_of_median
-from composer_gradmatch.studies.step_time import PARTS, cost_of_shares, estimated_cost
+from composer_gradmatch.studies.step_time.figure import draw_step_times
+from composer_gradmatch.studies.step_time.timer import PARTS
 from composer_gradmatch.studies.store import Store
+from composer_gradmatch.studies.strategies import Strategy, strategy_named
 from composer_gradmatch.studies.tables import Table, cell_order, conditions, frame, markdown
 
-__all__ = ["report_step_time"]
+__all__ = ["cost_of_shares", "report_step_time"]
+
+
+def cost_of_shares(strategy: Strategy, keep: float, forward: float, backward: float, rest: float) -> float:
+    """What a step would cost, in full steps, if its passes cost what they do in the full batch's step.
+
+    The passes cost by the sample, as :meth:`.Strategy.cost` has it, the rest by the step.
+
+    Args:
+        strategy (Strategy): What is trained with.
+        keep (float): m/M; not used for the full batch.
+        forward (float): f, the share of the full batch's step in its forward pass.
+        backward (float): b, the same of its backward pass.
+        rest (float): r, the same of all else. For a step on n times the full batch's samples, whose cost is to be by
+            the sample, pass r/n.
+    """
+    passes = forward + backward
+    return passes * strategy.cost(keep, forward / passes) + rest
 
 
 def report_step_time(store: Store, name: str) -> list[str]:
@@ -39,9 +57,10 @@ def report_step_time(store: Store, name: str) -> list[str]:
     for strategy, keep in cell_order(steps):
         own = steps[(steps["strategy"] == strategy) & (steps["keep"] == keep)]
         low, high = interval_of_median(own["ratio"])
-        ratio, model = float(own["ratio"].median()), estimated_cost(strategy, keep)
+        ratio, model = float(own["ratio"].median()), strategy_named(strategy).cost(keep)
         # Ratios are by the sample of the minibatch, and a larger one has the rest only once.
-        shared = cost_of_shares(strategy, keep, forward, backward, rest * size / int(own["batch_size"].iloc[0]))
+        own_rest = rest * size / int(own["batch_size"].iloc[0])
+        shared = cost_of_shares(strategy_named(strategy), keep, forward, backward, own_rest)
         table.append({"strategy": strategy, "keep": keep, "ratio": ratio, "low": low, "high": high})
         milliseconds, interval = f"{own['seconds'].median() * 1000:.1f}", f"{low:.2f} to {high:.2f}"
         rows.append([strategy, f"{keep:g}", milliseconds, f"{ratio:.2f}", interval, f"{model:.2f}", f"{shared:.2f}"])

@@ -14,9 +14,8 @@ from composer.loggers import Logger
 from composer_gradmatch.spans import SpanRecorder
 from composer_gradmatch.studies.interleave import Interleaved, Variant, fit_interleaved
 from composer_gradmatch.studies.store import Run
-from composer_gradmatch.studies.strategies import REUSE
 
-__all__ = ["PARTS", "StepTimer", "cost_of_shares", "estimated_cost", "step_time", "step_time_run"]
+__all__ = ["PARTS", "StepTimer", "step_time"]
 
 #: The parts of a step, in the order of a step; ``rest`` is the optimizer, metrics and Composer's own work.
 PARTS = (
@@ -31,35 +30,6 @@ PARTS = (
     "rest",
 )
 _WARMUP, _PART_ROUNDS = 2, 3
-
-
-def estimated_cost(strategy: str, keep: float) -> float:
-    """The paper's cost model (§2), in full steps: m/M for random, (M/3 + m)/M with a selection pass.
-
-    Where the selection pass is the training step's own, (M/3 + 2m/3)/M.
-    """
-    return cost_of_shares(strategy, keep, 1 / 3, 2 / 3, 0.0)
-
-
-def cost_of_shares(strategy: str, keep: float, forward: float, backward: float, rest: float) -> float:
-    """What a step of a strategy would cost, in full steps, if its passes cost what they do in the full batch's step.
-
-    The passes cost by the sample, the rest by the step: keep·(f + b) + r for random, another f for a selection pass,
-    and f + keep·b + r where the selection pass is the training step's own. The selection itself is taken to be free.
-
-    Args:
-        strategy (str): A key of :data:`.STRATEGIES`.
-        keep (float): m/M; not used for the full batch.
-        forward (float): f, the share of the full batch's step in its forward pass.
-        backward (float): b, the same of its backward pass.
-        rest (float): r, the same of all else. For a step on n times the full batch's samples, whose cost is to be by
-            the sample, pass r/n.
-    """
-    if strategy == "full":
-        return forward + backward + rest
-    if strategy in REUSE:
-        return forward + keep * backward + rest
-    return keep * (forward + backward) + rest + (0.0 if strategy == "random" else forward)
 
 
 class StepTimer(Interleaved):
@@ -147,7 +117,7 @@ class StepTimer(Interleaved):
             "measured": "parts" if self._times_parts else "step",
             "round": self._round - _WARMUP,
             "seconds": seconds,
-            "estimated_cost": estimated_cost(variant.strategy, variant.keep),
+            "estimated_cost": variant.estimated_cost,
         }
         if self._times_parts:
             spans, marks = self._spans.seconds, self._marks
@@ -174,14 +144,3 @@ def step_time(run: Run) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     for row in timer.rows:
         row["ratio"] = row["seconds"] / row["batch_size"] / full[row["round"]]
     return timer.rows, {}
-
-
-def step_time_run(
-    config: dict[str, Any], variants: Sequence[tuple[str, float, int]], rounds: int, **settings: Any
-) -> Run:
-    """The run that times variants (strategy, keep, batch size) of a config beside the full batch."""
-    full = ("full", 1.0, config["global_train_batch_size"])
-    variants = sorted({full, *variants})
-    named = " ".join(f"{strategy}:{keep:g}:{size}" for strategy, keep, size in variants)
-    settings = {"variants": named, "rounds": rounds, **settings}
-    return Run("step-time", settings, config, {"variants": [list(v) for v in variants], "rounds": rounds})

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from composer_gradmatch.studies.figures import draw_gradient_errors
-from composer_gradmatch.studies.report_accuracy import what_seeds_can_tell
-from composer_gradmatch.studies.statistics import compare_paired
+from composer_gradmatch.studies.gradient_error.figure import draw_gradient_errors
+from composer_gradmatch.studies.statistics import compare_paired, what_seeds_can_tell
 from composer_gradmatch.studies.store import Store
 from composer_gradmatch.studies.tables import cell_order, conditions, frame, markdown
 

@@ -11,10 +11,10 @@ from composer.loggers import Logger
 from torch import nn
 
 from composer_gradmatch.forward.traceless import no_trace
-from composer_gradmatch.last_layer import resolve_output_layer
-from composer_gradmatch.last_layer.output_layer import observe_output_layer
+from composer_gradmatch.last_layer import observe_output_layer, resolve_output_layer
 from composer_gradmatch.studies.interleave import Interleaved, Variant, fit_interleaved
 from composer_gradmatch.studies.store import Run
+from composer_gradmatch.studies.strategies import selecting_entry
 
 __all__ = ["GradientErrors", "gradient_error"]
 
@@ -141,7 +141,7 @@ def gradient_error(run: Run) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     config, options = run.config, run.options
     size = config["global_train_batch_size"]
     variants = [Variant.build(config, strategy, keep, size) for strategy, keep in options["variants"]]
-    own = ((config.get("algorithms") or {}).get("gradmatch") or {}).get("output_layer")
+    own = (selecting_entry(config) or ("", {}))[1].get("output_layer")
     errors = GradientErrors(variants, config, options["minibatches"], run.settings["mode"], own)
     config = {**config, "train_loader": {**config["train_loader"], "drop_last": False, "shuffle": True}}
     config["optimizer"] = {"name": "sgd"}

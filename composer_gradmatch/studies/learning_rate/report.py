@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from composer_gradmatch.studies.figures import draw_learning_rates
-from composer_gradmatch.studies.report_accuracy import what_seeds_can_tell
-from composer_gradmatch.studies.statistics import compare_paired
+from composer_gradmatch.studies.learning_rate.figure import draw_learning_rates
+from composer_gradmatch.studies.statistics import compare_paired, what_seeds_can_tell
 from composer_gradmatch.studies.store import Store
 from composer_gradmatch.studies.tables import cell_order, conditions, frame, markdown, range_of
 

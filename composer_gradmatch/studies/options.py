@@ -1,0 +1,51 @@
+"""Options of the command line that several studies have, and the numbers that they take."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["add_metric", "add_rounds", "add_seeds", "factor", "fraction", "positive"]
+
+
+def _number(kind: Callable[[str], Any], valid: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not valid(value):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
+
+    return parse
+
+
+positive = _number(int, lambda value: value > 0, "a positive integer")
+fraction = _number(float, lambda value: 0 < value < 1, "a fraction in (0, 1)")
+factor = _number(float, lambda value: 0 < value < float("inf"), "a positive number")
+_noise = _number(float, lambda value: 0 <= value <= 1, "a fraction in [0, 1]")
+
+
+def add_seeds(parser: argparse.ArgumentParser) -> None:
+    """Adds what studies with several runs have: their seeds, processes and label noise."""
+    parser.add_argument("--seeds", type=positive, default=3, help="seeds 0 to N-1; default: 3")
+    parser.add_argument("--jobs", type=positive, default=1, help="runs at a time, in processes; default: 1")
+    parser.add_argument(
+        "--label-noise",
+        type=_noise,
+        default=0.0,
+        metavar="FRACTION",
+        help="reassign the labels of this part of the training set at random; default: 0",
+    )
+
+
+def add_metric(parser: argparse.ArgumentParser) -> None:
+    """Adds the metric that accuracies are taken from."""
+    parser.add_argument("--metric", help="the evaluation metric; default: the one with Accuracy in its name")
+
+
+def add_rounds(parser: argparse.ArgumentParser) -> None:
+    """Adds how often steps are timed."""
+    parser.add_argument("--rounds", type=positive, default=10, help="timed steps of each strategy; default: 10")

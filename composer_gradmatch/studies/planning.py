@@ -1,0 +1,78 @@
+"""What the plans of several studies share: pairs of strategies and keeps, runs by seed, and checks before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from composer.models import HuggingFaceModel
+
+from composer_gradmatch.studies.configs import quiet, with_label_noise
+from composer_gradmatch.studies.store import Run
+from composer_gradmatch.train import check_config
+from composer_gradmatch.train.builders import build_algorithms, build_loader, build_named, try_parts
+from composer_gradmatch.train.config import ConfigError
+
+__all__ = ["cells", "check_study", "identity", "training_run"]
+
+
+def cells(strategies: Iterable[str], keeps: Iterable[float]) -> list[tuple[str, float]]:
+    """The pairs (strategy, keep) of a study; the full batch is there once, with keep 1."""
+    keeps = list(keeps)
+    return [(s, k) for s in strategies for k in ([1.0] if s == "full" else keeps)]
+
+
+def identity(study: str, config: dict[str, Any], **shared: Any) -> dict[str, Any]:
+    """What all runs of a study share; the config's seed and names of files are not of it."""
+    dropped = ("seed", "run_name", "save_folder", "loggers", "callbacks", "progress_bar")
+    return {"study": study, "config": {k: v for k, v in config.items() if k not in dropped}, **shared}
+
+
+def check_study(config: dict[str, Any], runs: Sequence[Run]) -> None:
+    """Checks a study's configs, and that its data are there, before any run starts.
+
+    Raises:
+        ConfigError: If a run could not work.
+    """
+    check_config(config)
+    batch_sizes = {}
+    eval_loader = None
+    for run in runs:
+        check_config(run.config)
+        try:
+            build_algorithms(run.config.get("algorithms"))
+            try_parts(run.config)
+        except ConfigError as error:
+            raise ConfigError(f"{run.key}: {error}") from error
+        batch_sizes[run.config["global_train_batch_size"]] = run.config["train_loader"]
+        eval_loader = run.config.get("eval_loader")
+    if any(map(_uses_composers, runs)) and isinstance(build_named("model", config["model"]), HuggingFaceModel):
+        raise ConfigError(
+            "--strategies: Composer's SelectiveBackprop takes no HuggingFace model (its batches are no pairs, its loss "
+            "no function). Leave selective_backprop out; loss samples as it does: --strategies full random loss "
+            "gradmatch."
+        )
+    for batch_size, section in batch_sizes.items():
+        build_loader(section, batch_size, "train_loader")
+    if eval_loader:
+        build_loader(eval_loader, 1, "eval_loader")
+
+
+def _uses_composers(run: Run) -> bool:
+    variants = [variant[0] for variant in run.options.get("variants", [])]
+    return "selective_backprop" in [*variants, *(run.config.get("algorithms") or {})]
+
+
+def training_run(kind: str, settings: dict[str, Any], config: dict[str, Any], metric: str) -> Run:
+    """A run that trains, without files of its own and under the name of its settings.
+
+    Args:
+        kind (str): The study's name.
+        settings (dict[str, Any]): With ``seed`` and ``label_noise``.
+        config (dict[str, Any]): What to train.
+        metric (str): The logged name of the metric to keep.
+    """
+    noisy = with_label_noise(config, settings["label_noise"], settings["seed"])
+    run = Run(kind, settings, quiet(noisy, ""), {"metric": metric})
+    run.config["run_name"] = run.key
+    return run

@@ -1,0 +1,35 @@
+"""The run of the step-time study."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from composer_gradmatch.studies.configs import quiet, with_synthetic_data
+from composer_gradmatch.studies.planning import cells
+from composer_gradmatch.studies.store import Run
+from composer_gradmatch.studies.study import Plan
+
+__all__ = ["plan_step_time", "step_time_run"]
+
+
+def plan_step_time(
+    config: dict[str, Any], strategies: Sequence[str], keeps: Sequence[float], *, rounds: int, synthetic: bool
+) -> Plan:
+    """Plans one run that times all strategies side by side (Table 1)."""
+    config = with_synthetic_data(config) if synthetic else config
+    size = config["global_train_batch_size"]
+    variants = [(strategy, keep, size) for strategy, keep in cells(strategies, keeps)]
+    own = quiet({**config, "seed": 0, "eval_loader": None}, "step-time")
+    return Plan([step_time_run(own, variants, rounds, synthetic=synthetic)], {"synthetic": synthetic})
+
+
+def step_time_run(
+    config: dict[str, Any], variants: Sequence[tuple[str, float, int]], rounds: int, **settings: Any
+) -> Run:
+    """The run that times variants (strategy, keep, batch size) of a config beside the full batch."""
+    full = ("full", 1.0, config["global_train_batch_size"])
+    variants = sorted({full, *variants})
+    named = " ".join(f"{strategy}:{keep:g}:{size}" for strategy, keep, size in variants)
+    settings = {"variants": named, "rounds": rounds, **settings}
+    return Run("step-time", settings, config, {"variants": [list(v) for v in variants], "rounds": rounds})

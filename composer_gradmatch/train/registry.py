@@ -1,0 +1,158 @@
+"""Names in YAML → what they stand for: tables of factories, and the entry points that add to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any
+
+import composer.algorithms as composer_algorithms
+import composer.callbacks as composer_callbacks
+import composer.loggers as composer_loggers
+import composer.optim as composer_optim
+import torch
+
+from composer_gradmatch.algorithms.factory import algorithm_of
+from composer_gradmatch.algorithms.gradmatch import GradMatch
+from composer_gradmatch.algorithms.loss_backprop import LossBackprop
+from composer_gradmatch.algorithms.random_backprop import RandomBackprop
+from composer_gradmatch.data.table import DATA_SETS
+from composer_gradmatch.models.table import MODELS
+from composer_gradmatch.rules.table import GROUP, RULES, rule_named
+from composer_gradmatch.train.config import ConfigError, nearest
+from composer_gradmatch.train.refusals import mark_as_users
+
+__all__ = ["TABLES", "Factory", "resolve"]
+
+Factory = Callable[..., Any]
+
+_ALGORITHMS: dict[str, Factory] = {
+    "gradmatch": GradMatch,
+    "random_backprop": RandomBackprop,
+    "loss_backprop": LossBackprop,
+    "alibi": composer_algorithms.Alibi,
+    "augmix": composer_algorithms.AugMix,
+    "blurpool": composer_algorithms.BlurPool,
+    "channels_last": composer_algorithms.ChannelsLast,
+    "colout": composer_algorithms.ColOut,
+    "cutmix": composer_algorithms.CutMix,
+    "cutout": composer_algorithms.CutOut,
+    "ema": composer_algorithms.EMA,
+    "factorize": composer_algorithms.Factorize,
+    "gated_linear_units": composer_algorithms.GatedLinearUnits,
+    "ghost_batchnorm": composer_algorithms.GhostBatchNorm,
+    "gradient_clipping": composer_algorithms.GradientClipping,
+    "gyro_dropout": composer_algorithms.GyroDropout,
+    "label_smoothing": composer_algorithms.LabelSmoothing,
+    "layer_freezing": composer_algorithms.LayerFreezing,
+    "low_precision_groupnorm": composer_algorithms.LowPrecisionGroupNorm,
+    "low_precision_layernorm": composer_algorithms.LowPrecisionLayerNorm,
+    "mixup": composer_algorithms.MixUp,
+    "no_op_model": composer_algorithms.NoOpModel,
+    "progressive_resizing": composer_algorithms.ProgressiveResizing,
+    "randaugment": composer_algorithms.RandAugment,
+    "sam": composer_algorithms.SAM,
+    "selective_backprop": composer_algorithms.SelectiveBackprop,
+    "seq_length_warmup": composer_algorithms.SeqLengthWarmup,
+    "squeeze_excite": composer_algorithms.SqueezeExcite,
+    "stochastic_depth": composer_algorithms.StochasticDepth,
+    "swa": composer_algorithms.SWA,
+    "weight_standardization": composer_algorithms.WeightStandardization,
+}
+
+_CALLBACKS: dict[str, Factory] = {
+    "activation_monitor": composer_callbacks.ActivationMonitor,
+    "early_stopper": composer_callbacks.EarlyStopper,
+    "free_outputs": composer_callbacks.FreeOutputs,
+    "lr_monitor": composer_callbacks.LRMonitor,
+    "memory_monitor": composer_callbacks.MemoryMonitor,
+    "memory_snapshot": composer_callbacks.MemorySnapshot,
+    "nan_monitor": composer_callbacks.NaNMonitor,
+    "oom_observer": composer_callbacks.OOMObserver,
+    "optimizer_monitor": composer_callbacks.OptimizerMonitor,
+    "runtime_estimator": composer_callbacks.RuntimeEstimator,
+    "speed_monitor": composer_callbacks.SpeedMonitor,
+    "system_metrics_monitor": composer_callbacks.SystemMetricsMonitor,
+    "threshold_stopper": composer_callbacks.ThresholdStopper,
+}
+
+_LOGGERS: dict[str, Factory] = {
+    "cometml": composer_loggers.CometMLLogger,
+    "file": composer_loggers.FileLogger,
+    "in_memory": composer_loggers.InMemoryLogger,
+    "mlflow": composer_loggers.MLFlowLogger,
+    "neptune": composer_loggers.NeptuneLogger,
+    "slack": composer_loggers.SlackLogger,
+    "tensorboard": composer_loggers.TensorboardLogger,
+    "wandb": composer_loggers.WandBLogger,
+}
+
+_OPTIMIZERS: dict[str, Factory] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "decoupled_adamw": composer_optim.DecoupledAdamW,
+    "decoupled_sgdw": composer_optim.DecoupledSGDW,
+    "sgd": torch.optim.SGD,
+}
+
+_SCHEDULERS: dict[str, Factory] = {
+    "constant": composer_optim.ConstantScheduler,
+    "constant_with_warmup": composer_optim.ConstantWithWarmupScheduler,
+    "cosine": composer_optim.CosineAnnealingScheduler,
+    "cosine_warm_restarts": composer_optim.CosineAnnealingWarmRestartsScheduler,
+    "cosine_with_warmup": composer_optim.CosineAnnealingWithWarmupScheduler,
+    "exponential": composer_optim.ExponentialScheduler,
+    "linear": composer_optim.LinearScheduler,
+    "linear_with_warmup": composer_optim.LinearWithWarmupScheduler,
+    "multistep": composer_optim.MultiStepScheduler,
+    "multistep_with_warmup": composer_optim.MultiStepWithWarmupScheduler,
+    "polynomial": composer_optim.PolynomialScheduler,
+    "polynomial_with_warmup": composer_optim.PolynomialWithWarmupScheduler,
+    "step": composer_optim.StepScheduler,
+}
+
+#: Kind of thing → (its names, the group of entry points that adds to them).
+TABLES: dict[str, tuple[dict[str, Factory], str | None]] = {
+    "algorithm": (_ALGORITHMS, "llmfoundry_algorithms"),
+    "callback": (_CALLBACKS, "llmfoundry_callbacks"),
+    "data set": (DATA_SETS, "composer_gradmatch_data"),
+    "logger": (_LOGGERS, "llmfoundry_loggers"),
+    "model": (MODELS, "composer_gradmatch_models"),
+    "optimizer": (_OPTIMIZERS, None),
+    "scheduler": (_SCHEDULERS, None),
+}
+
+
+def resolve(kind: str, name: str) -> Factory:
+    """Finds the factory that a name stands for: of our tables, else of an installed package's entry points.
+
+    A rule's name is that of an algorithm, whether the rule is one of ours or of another package.
+
+    Args:
+        kind (str): A key of :data:`TABLES`.
+        name (str): The name in YAML.
+
+    Raises:
+        ConfigError: If nothing has that name, or a rule of that name is none.
+    """
+    table, group = TABLES[kind]
+    if name in table:
+        return table[name]
+    added = {point.name: point for point in entry_points(group=group)} if group else {}
+    if name in added:
+        factory = added[name].load()
+        mark_as_users(factory.__module__)
+        return factory
+    rules = {*RULES, *(point.name for point in entry_points(group=GROUP))} if kind == "algorithm" else set()
+    if name in rules:
+        return _rules_algorithm(name)
+    raise ConfigError(f"unknown {kind} {name!r}; {nearest(name, {*table, *added, *rules})}")
+
+
+def _rules_algorithm(name: str) -> Factory:
+    try:
+        factory = algorithm_of(rule_named(name))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the rule {name!r} is none: {error}") from error
+    mark_as_users(factory.__module__)
+    return factory
