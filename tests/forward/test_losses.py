@@ -143,3 +143,24 @@ def test_losses_of_positions_are_summed_for_each_sample():
 
     outputs = torch.arange(6.0).reshape(2, 3)
     assert per_sample_losses(Model(), outputs, None, 2).tolist() == [3.0, 12.0]
+
+
+@pytest.mark.parametrize(
+    ("function", "error"),
+    [
+        (lambda outputs: outputs, r"failed: .*unexpected keyword argument 'reduction'.*\. Pass loss_fn="),
+        (
+            lambda outputs, **kwargs: F.mse_loss(outputs, outputs, reduction="mean", **kwargs),
+            r"failed: .*multiple values for keyword argument 'reduction'.*\. Pass loss_fn=",
+        ),
+        (lambda outputs, **kwargs: outputs + {}, "^unsupported operand"),
+    ],
+    ids=["unexpected", "twice", "another"],
+)
+def test_a_loss_that_takes_no_reduction_after_all_is_told_from_other_errors(function, error):
+    class Model:
+        def loss(self, outputs, batch, **kwargs):
+            return function(outputs, **kwargs)
+
+    with pytest.raises(TypeError, match=error):
+        per_sample_losses(Model(), torch.ones(2), None, 2)
