@@ -8,7 +8,7 @@ runs every row against a float64 reference (``lockstep.py``); a new strategy is 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +21,9 @@ from torch import nn
 
 from composer_gradmatch import GradMatch, LossBackprop, RandomBackprop
 from composer_gradmatch.algorithms.subset_backprop import SubsetBackprop
+from composer_gradmatch.rules.rule import Rule
+from composer_gradmatch.rules.table import RULES
+from composer_gradmatch.train.registry import resolve
 
 Fields = dict[str, Any]
 
@@ -197,14 +200,14 @@ class Strategy:
 
     Attributes:
         name: Of the strategy.
-        algorithm: Its class.
+        algorithm: Makes it.
         needs: Of :data:`NEEDS`: the samples of a batch, their losses, weighted losses, an output layer.
         rule: How its picks are checked, of :data:`ALL_RULES`.
         options: Its further arguments.
     """
 
     name: str
-    algorithm: type[SubsetBackprop]
+    algorithm: Callable[..., SubsetBackprop]
     needs: frozenset[str]
     rule: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -226,6 +229,26 @@ STRATEGIES = [
     Strategy("gradmatch", GradMatch, frozenset(NEEDS), "matching"),
     Strategy("loss-reuse", LossBackprop, frozenset({"batch", "losses"}), "largest losses", {**_SURE, **_ONE_PASS}),
     Strategy("gradmatch-reuse", GradMatch, frozenset(NEEDS), "matching", _ONE_PASS),
+]
+
+
+def _strategies_of(name: str, rule: Rule) -> Iterator[Strategy]:
+    """A rule's own, in two passes and in one: all are checked, whatever they pick."""
+    needs = frozenset(NEEDS) if rule.needs == "gradients" else frozenset({"batch"})
+    if rule.needs == "losses":
+        needs |= {"losses"}
+    if rule.weighs:
+        needs |= {"losses", "weights"}
+    yield Strategy(name, resolve("algorithm", name), needs, "any")
+    if rule.needs != "nothing":
+        yield Strategy(f"{name}-reuse", resolve("algorithm", name), needs, "any", _ONE_PASS)
+
+
+STRATEGIES += [
+    strategy
+    for name, rule in RULES.items()
+    if name not in ("random_backprop", "loss_backprop", "gradmatch")
+    for strategy in _strategies_of(name, rule)
 ]
 
 M, WIDTH, CLASSES = 12, 6, 3

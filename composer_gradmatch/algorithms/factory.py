@@ -42,16 +42,18 @@ def algorithm_of(rule: Rule) -> Callable[..., RuleBackprop]:
             "Give the option another name."
         )
     shared = {name: each for name, each in shared.items() if name not in of_no_use}
-    parameters = [each.replace(kind=each.KEYWORD_ONLY) for each in (*shared.values(), *rule.options.values())]
+    parameters = [*shared.values(), *rule.options.values()]
+    signature = inspect.Signature(parameters)
 
-    def make(**arguments: Any) -> RuleBackprop:
+    def make(*args: Any, **kwargs: Any) -> RuleBackprop:
+        arguments = signature.bind(*args, **kwargs).arguments
         options = {name: value for name, value in arguments.items() if name in rule.options}
         others = {name: value for name, value in arguments.items() if name not in rule.options}
         return RuleBackprop(rule, **others, options=options)
 
     hints = {**typing.get_type_hints(RuleBackprop.__init__), **_hints_of(rule)}
     make.__annotations__ = {each.name: hints.get(each.name, Any) for each in parameters}
-    vars(make)["__signature__"] = inspect.Signature(parameters)
+    vars(make)["__signature__"] = signature
     make.__name__ = make.__qualname__ = rule.name
     make.__doc__ = rule.function.__doc__
     make.__module__ = getattr(rule.function, "__module__", __name__)

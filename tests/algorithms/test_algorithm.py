@@ -15,13 +15,13 @@ from composer.algorithms import ColOut, CutMix, LabelSmoothing, MixUp, Selective
 from composer.algorithms.selective_backprop import select_using_loss
 from composer.loggers import InMemoryLogger
 from composer.models import ComposerClassifier, ComposerModel
+from selecting import LOOKING, SELECTING
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from composer_gradmatch import Candidates, GradMatch, LossBackprop, RandomBackprop, select_first
 from composer_gradmatch.rules.loss_percentiles import LossPercentiles, loss_percentiles, select_by_percentile
 
-ALL = [GradMatch, LossBackprop, RandomBackprop]
 ON = {"start": 0.0, "end": 1.0, "interrupt": 0}
 
 
@@ -46,7 +46,7 @@ class Spy(Algorithm):
         self.seen.append(len(state.batch[0]))
 
 
-@pytest.mark.parametrize("algorithm_class", [GradMatch, LossBackprop])
+@pytest.mark.parametrize("algorithm_class", LOOKING)
 def test_the_selection_pass_leaves_no_trace(algorithm_class, monkeypatch):
     model = BATCHNORM.model()
     algorithm = algorithm_class(keep=0.4, **ON)
@@ -98,7 +98,7 @@ def test_composers_own_selection_pass_does_leave_a_trace():
     assert model.module[1].num_batches_tracked == 6
 
 
-@pytest.mark.parametrize("selecting", [*ALL, SelectiveBackprop])
+@pytest.mark.parametrize("selecting", [*SELECTING, SelectiveBackprop])
 @pytest.mark.parametrize("spy_first", [True, False])
 def test_with_the_pass_selection_comes_first(selecting, spy_first):
     spy, algorithm = Spy(), selecting(keep=0.3, **ON)
@@ -135,7 +135,7 @@ def test_trains_beside_algorithms_that_change_the_batch(other):
     assert torch.isfinite(torch.as_tensor(trainer.state.loss)).all()
 
 
-@pytest.mark.parametrize("algorithm_class", [GradMatch, LossBackprop])
+@pytest.mark.parametrize("algorithm_class", LOOKING)
 def test_scale_factor_shrinks_the_inputs_of_the_selection_pass_only(algorithm_class):
     model = ANY_SIZE.model()
     sizes = []
@@ -167,7 +167,7 @@ def test_label_smoothing_reaches_the_weighted_loss():
         fit([GradMatch(keep=0.4, **ON), LabelSmoothing(0.3)], algorithm_passes=None)
 
 
-@pytest.mark.parametrize("algorithm_class", ALL)
+@pytest.mark.parametrize("algorithm_class", SELECTING)
 def test_the_schedule_is_composers(algorithm_class):
     class Sizes(Callback):
         def __init__(self):
@@ -184,35 +184,36 @@ def test_the_schedule_is_composers(algorithm_class):
     assert any(size < 20 for size in sizes.sizes)
 
 
-@pytest.mark.parametrize("algorithm_class", ALL)
+@pytest.mark.parametrize("algorithm_class", SELECTING)
 def test_metrics_are_logged_each_selection_step(algorithm_class):
     logger = InMemoryLogger()
     algorithm = algorithm_class(keep=0.3, **ON)
     fit([algorithm], loggers=[logger], max_duration="1ep")
     values = {k.split("/")[1]: [v for _, v in x] for k, x in logger.data.items() if k.startswith(algorithm.log_name)}
     expected = {"fraction_kept", "effective_sample_size", "largest_weight", "selection_time", "estimated_cost"}
-    assert set(values) == expected | ({"matching_residual"} if algorithm_class is GradMatch else set())
+    assert set(values) >= expected
+    assert ("matching_residual" in values) or algorithm_class is not GradMatch
     assert all(len(v) == 3 for v in values.values())
     assert all(0 < share <= 0.3 for share in values["fraction_kept"])
-    passes = 0 if algorithm_class is RandomBackprop else 1 / 3
+    passes = 1 / 3 if algorithm.rule.passes() else 0
     for cost, share in zip(values["estimated_cost"], values["fraction_kept"], strict=True):
         assert cost == pytest.approx(passes + share)
     if algorithm_class is GradMatch:
         assert all(0 <= residual < 3 for residual in values["matching_residual"])
         assert all(1 <= size <= 6 for size in values["effective_sample_size"])
-    else:
+    elif not algorithm.rule.weighs:
         assert values["effective_sample_size"] == pytest.approx([6, 6, 6])
 
 
-def test_a_small_last_batch_keeps_one_sample():
-    for algorithm_class in ALL:
-        logger = InMemoryLogger()
-        algorithm = algorithm_class(keep=0.3, **ON)
-        fit([algorithm], data=MLP.data(22), loggers=[logger], max_duration="1ep")
-        assert logger.data[f"{algorithm.log_name}/fraction_kept"][-1][1] == 0.5
+@pytest.mark.parametrize("algorithm_class", SELECTING)
+def test_a_small_last_batch_keeps_one_sample(algorithm_class):
+    logger = InMemoryLogger()
+    algorithm = algorithm_class(keep=0.3, **ON)
+    fit([algorithm], data=MLP.data(22), loggers=[logger], max_duration="1ep")
+    assert logger.data[f"{algorithm.log_name}/fraction_kept"][-1][1] == 0.5
 
 
-@pytest.mark.parametrize("algorithm_class", [GradMatch, LossBackprop])
+@pytest.mark.parametrize("algorithm_class", LOOKING)
 def test_a_batch_that_is_not_finite_is_trained_whole_counted_and_warned_of_once(algorithm_class):
     data = MLP.data(60)
     data.tensors[0][3] = float("nan")
@@ -297,7 +298,7 @@ def test_keep_of_two_thirds_and_more_is_warned_of():
         fit([GradMatch(keep=0.7, **ON)])
 
 
-@pytest.mark.parametrize("algorithm_class", ALL)
+@pytest.mark.parametrize("algorithm_class", SELECTING)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -378,7 +379,7 @@ def test_a_model_that_is_no_composer_model_is_refused():
     assert issubclass(ComposerClassifier, ComposerModel)
 
 
-@pytest.mark.parametrize("algorithm_class", ALL)
+@pytest.mark.parametrize("algorithm_class", SELECTING)
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
@@ -399,7 +400,7 @@ def test_bad_batches_are_refused(algorithm_class, batch, message):
         trainer.fit()
 
 
-@pytest.mark.parametrize("algorithm_class", ALL)
+@pytest.mark.parametrize("algorithm_class", SELECTING)
 def test_an_empty_batch_after_the_first_is_left_to_the_trainer_and_warned_of(algorithm_class):
     inputs, targets = MLP.data(8).tensors
     batches = [(inputs, targets), (inputs[:0], targets[:0]), (inputs, targets)]

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import BATCHNORM, MLP, loader, make_trainer
+from selecting import SELECTING
 
-from composer_gradmatch import GradMatch, LossBackprop, RandomBackprop, select_first
+from composer_gradmatch import GradMatch, LossBackprop, select_first
 
 ON = {"start": 0.0, "end": 1.0, "keep": 0.4, "interrupt": 0}
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: GradMatch(**ON), lambda: LossBackprop(**ON, history=30), lambda: RandomBackprop(**ON)]
+    "make", [*SELECTING, pytest.param(partial(LossBackprop, history=30), id="loss_backprop with a history")]
 )
 def test_resuming_in_mid_epoch(make, tmp_path):
     def run(max_duration, **kwargs):
         model = BATCHNORM.model()
-        algorithm = make()
+        algorithm = make(**ON)
         trainer = make_trainer(
             model,
             loader(BATCHNORM.data(60), 20, shuffle=True),

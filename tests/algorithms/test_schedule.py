@@ -7,10 +7,10 @@ import warnings
 import pytest
 from cases import MLP, loader, make_trainer
 from composer.loggers import InMemoryLogger
+from selecting import SELECTING
 
-from composer_gradmatch import GradMatch, LossBackprop, RandomBackprop, select_first
+from composer_gradmatch import RandomBackprop, select_first
 
-ALL = [GradMatch, LossBackprop, RandomBackprop]
 BATCHES = 10  # Of an epoch.
 
 
@@ -33,7 +33,7 @@ def selected(algorithm, max_duration, **kwargs):
     return batches, [str(each.message) for each in caught if "counted in whole epochs" in str(each.message)]
 
 
-@pytest.mark.parametrize("algorithm_class", ALL)
+@pytest.mark.parametrize("algorithm_class", SELECTING)
 @pytest.mark.parametrize(
     ("max_duration", "start", "end", "batches", "said"),
     [
@@ -53,7 +53,7 @@ def test_start_and_end_by_the_unit_of_max_duration(algorithm_class, max_duration
     assert all(said in remark and "clock='batch'" in remark for remark in remarks)
 
 
-@pytest.mark.parametrize("algorithm_class", ALL)
+@pytest.mark.parametrize("algorithm_class", SELECTING)
 @pytest.mark.parametrize(("max_duration", "batches"), [("1ep", range(5, 9)), ("2ep", range(10, 18))])
 def test_the_clock_that_counts_batches(algorithm_class, max_duration, batches):
     found, remarks = selected(algorithm_class(0.5, 0.9, 0.5, interrupt=0, clock="batch"), max_duration)
@@ -70,7 +70,7 @@ def test_nothing_is_said_where_nothing_is_selected():
     assert selected(RandomBackprop(0.5, 0.9, keep=1.0), "1ep") == ([], [])
 
 
-@pytest.mark.parametrize("algorithm_class", ALL)
+@pytest.mark.parametrize("algorithm_class", SELECTING)
 def test_another_clock_is_refused(algorithm_class):
     with pytest.raises(ValueError, match=r"clock must be 'duration'.* or 'batch'.*got 'epoch'"):
         algorithm_class(clock="epoch")
