@@ -175,10 +175,11 @@ def save_timing(out, max_duration):
 def start_study_and_wait(command, out, pattern, count):
     """The process, once ``count`` files match."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while len(list(out.glob(pattern))) < count:
-        assert time.monotonic() < deadline
-        assert process.poll() is None
+        if time.monotonic() > deadline or process.poll() is not None:
+            process.kill()
+            pytest.fail(f"there are no {count} {pattern}: {process.communicate()[1]}")
         time.sleep(0.01)
     return process
 
