@@ -107,8 +107,7 @@ class Lockstep(Callback):
                     own.copy_(followed)
 
     def before_backward(self, state, logger):
-        single = getattr(self.algorithm, "_single_pass", None)
-        self.served = single is not None and single.installed
+        self.served = self.algorithm is not None and self.algorithm.selector.source.serves
 
     def before_forward(self, state, logger):
         self.seen += number_of(self.form.unpack(state.batch))

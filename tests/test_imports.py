@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "algorithms": {"batches", "candidates", "forward", "last_layer", "matching", "rules", "spans"},
     "models": set(),
     "data": {"models"},
-    "train": {"algorithms", "batches", "data", "models", "rules"},
+    "train": {"algorithms", "batches", "data", "forward", "models", "rules"},
     "studies": {"algorithms", "batches", "data", "forward", "last_layer", "rules", "spans", "train"},
     "benchmarks": {"algorithms", "candidates", "data", "last_layer", "matching", "models", "rules", "train"},
 }

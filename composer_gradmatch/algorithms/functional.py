@@ -11,8 +11,7 @@ from torch import nn
 
 from composer_gradmatch.forward.scaling import check_scale_factor, scale_inputs
 from composer_gradmatch.forward.traceless import no_trace
-from composer_gradmatch.last_layer import last_layer_gram, resolve_output_layer
-from composer_gradmatch.last_layer.output_layer import CheckedTap, observe_output_layer
+from composer_gradmatch.last_layer import CheckedTap, last_layer_gram, observe_output_layer, resolve_output_layer
 from composer_gradmatch.matching import Solver, check_solver
 from composer_gradmatch.matching.weighted_picks import match_mean_gradient
 

@@ -16,6 +16,7 @@ from composer_gradmatch.candidates.watched_layer import WatchedLayer
 from composer_gradmatch.forward.losses import check_batch, check_losses
 from composer_gradmatch.forward.ranks import unwrap
 from composer_gradmatch.forward.selection_pass import SelectionPass
+from composer_gradmatch.forward.torch_private import keeping_graphs
 from composer_gradmatch.rules.candidates import Candidates
 from composer_gradmatch.rules.cost import Passes, step_cost
 from composer_gradmatch.rules.picks import Picks, WholeBatch, as_picks
@@ -128,7 +129,8 @@ class Selector:
             TypeError: If the model's loss cannot be weighted.
             ValueError: If rows are not samples, or losses depend on other samples or do not make the model's own.
         """
-        with _kept_graphs() if self.layer is not None else nullcontext():
+        # A compiled model's graph could otherwise not be kept for the second backward pass of a comparison.
+        with keeping_graphs() if self.layer is not None else nullcontext():
             with self.selection_pass.watched(state) if self.looks else nullcontext():
                 self._rehearse_rule(self.source.rehearse(state, num_samples), num_picks)
             if self.looks or self.weighting is not None:
@@ -154,10 +156,3 @@ class Selector:
             return WholeBatch(f"a minibatch has {what} that are not finite; it and others like it are trained whole.")
         result = self._function(candidates, num_picks)
         return as_picks(result, candidates.num_samples, self.rule.name, self.rule.weighs)
-
-
-def _kept_graphs() -> Any:
-    """Keeps a compiled model's graph for the second backward pass of a comparison."""
-    import torch._functorch.config
-
-    return torch._functorch.config.patch(donated_buffer=False)

@@ -9,9 +9,9 @@ from torch import nn
 
 from composer_gradmatch.forward.ranks import unwrap
 from composer_gradmatch.forward.selection_pass import SelectionPass
+from composer_gradmatch.forward.torch_private import changed_a_leaf_in_place
 from composer_gradmatch.forward.traceless import no_trace
-from composer_gradmatch.last_layer import OutputLayerTap, resolve_output_layer
-from composer_gradmatch.last_layer.output_layer import CheckedTap, observe_output_layer
+from composer_gradmatch.last_layer import CheckedTap, OutputLayerTap, observe_output_layer, resolve_output_layer
 
 __all__ = ["WatchedLayer"]
 
@@ -92,7 +92,7 @@ class WatchedLayer:
 
     def is_spoilt_by(self, error: Exception) -> bool:
         """Whether an error comes of an output that is changed in place, which further taps copy then."""
-        if self._changed_in_place or "used in an in-place operation" not in str(error):
+        if self._changed_in_place or not changed_a_leaf_in_place(error):
             return False
         self._changed_in_place = True
         return True

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from composer_gradmatch.forward.torch_private import BATCH_NORMS
 
 __all__ = ["fewest_in_a_microbatch"]
 
@@ -14,4 +15,4 @@ def fewest_in_a_microbatch(model: nn.Module) -> int:
     Args:
         model (nn.Module): The model.
     """
-    return 2 if any(isinstance(module, _BatchNorm) and module.training for module in model.modules()) else 1
+    return 2 if any(isinstance(module, BATCH_NORMS) and module.training for module in model.modules()) else 1

@@ -1,11 +1,33 @@
-"""Composer's private interfaces."""
+"""Every private interface of Composer that the package uses, and what is done where a version of Composer lacks one."""
 
 from __future__ import annotations
 
-from composer.algorithms.ghost_batchnorm.ghost_batchnorm import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+from composer import Trainer
+from composer.utils import dist
 from torch import nn
 
-__all__ = ["ghost_batch_size"]
+__all__ = ["check_step", "generated_run_name", "ghost_batch_size", "step_of", "unwrap_step", "wrap_step"]
+
+
+def _ghost_batch_norms() -> tuple[type[nn.Module], ...]:
+    try:
+        from composer.algorithms.ghost_batchnorm.ghost_batchnorm import (
+            GhostBatchNorm1d,
+            GhostBatchNorm2d,
+            GhostBatchNorm3d,
+        )
+    except ImportError:
+        return ()
+    return GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
+
+
+#: The layers that Composer's ``GhostBatchNorm`` puts into a model. Without them no layer is taken for one.
+_GHOST_BATCH_NORMS = _ghost_batch_norms()
 
 
 def ghost_batch_size(model: nn.Module) -> int:
@@ -14,5 +36,49 @@ def ghost_batch_size(model: nn.Module) -> int:
     Args:
         model (nn.Module): The model.
     """
-    layers = (GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d)
-    return max((module.ghost_batch_size for module in model.modules() if isinstance(module, layers)), default=1)
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, _GHOST_BATCH_NORMS)]
+    return max((layer.ghost_batch_size for layer in layers), default=1)
+
+
+#: The Trainer's method that makes a step.
+_STEP = "_train_batch"
+
+
+def check_step() -> None:
+    """Checks that the Trainer makes each step in a method that :func:`wrap_step` can replace.
+
+    Raises:
+        ImportError: If this Composer has no such method; then two passes are made.
+    """
+    if not hasattr(Trainer, _STEP):
+        raise ImportError(f"Composer's Trainer has no {_STEP}")
+
+
+def step_of(trainer: Trainer) -> Callable[..., Any]:
+    """The method of a Trainer that makes a step."""
+    return getattr(trainer, _STEP)
+
+
+def wrap_step(trainer: Trainer, step: Callable[..., Any]) -> None:
+    """Lets a Trainer make its steps by another function, until :func:`unwrap_step`."""
+    step._wraps_step = True  # type: ignore[attr-defined]
+    setattr(trainer, _STEP, step)
+
+
+def unwrap_step(trainer: Trainer) -> None:
+    """Gives a Trainer its own way back to make a step, where :func:`wrap_step` has replaced it."""
+    if hasattr(vars(trainer).get(_STEP), "_wraps_step"):
+        delattr(trainer, _STEP)
+
+
+def generated_run_name() -> str:
+    """A name for a run that has none, the same on all ranks, as Composer would make it.
+
+    Without Composer's own function, the time and eight random digits.
+    """
+    try:
+        from composer.trainer.trainer import _generate_run_name
+    except ImportError:
+        name = f"{int(time.time())}-{random.Random().randrange(16**8):08x}"
+        return dist.all_gather_object(name)[0]
+    return _generate_run_name()

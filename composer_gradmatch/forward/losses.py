@@ -37,6 +37,11 @@ def _takes_reduction(model: Any) -> bool:
     return "reduction" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
+def _refuses_reduction(error: TypeError) -> bool:
+    """Whether Python says of a function that it cannot be called with the argument ``reduction``."""
+    return "reduction" in str(error)
+
+
 def takes_loss_from_logits(model: Any) -> bool:
     """Whether a model's own loss comes reduced only, but its task says what it is made of."""
     return is_huggingface(model) and not _takes_reduction(model)
@@ -112,7 +117,7 @@ def per_sample_losses(
         try:
             losses = model.loss(outputs, batch, reduction="none")
         except TypeError as error:
-            if "reduction" not in str(error):
+            if not _refuses_reduction(error):
                 raise
             raise TypeError(f"{source} failed: {error}. {_REMEDY}") from error
     if not isinstance(losses, torch.Tensor) or losses.dim() == 0 or len(losses) != num_samples:

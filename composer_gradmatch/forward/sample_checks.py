@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from composer_gradmatch.forward.torch_private import BATCH_NORMS
 
 __all__ = ["Rows", "check_independence", "check_rows", "find_dependence_on_batch", "normalised_by_running_statistics"]
 
@@ -153,7 +155,7 @@ def normalised_by_running_statistics(model: nn.Module) -> Iterator[None]:
     Args:
         model (nn.Module): The model.
     """
-    layers = [each for each in model.modules() if isinstance(each, _BatchNorm)]
+    layers: list[Any] = [each for each in model.modules() if isinstance(each, BATCH_NORMS)]
     trained = [each for each in layers if each.training]
     without = [each for each in layers if each.running_mean is None and each.running_var is None]
     like = next((each for each in model.parameters()), torch.empty(0))

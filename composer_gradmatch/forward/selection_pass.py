@@ -18,6 +18,7 @@ from composer_gradmatch.forward.losses import LossFn, per_sample_losses
 from composer_gradmatch.forward.precision import precision_context
 from composer_gradmatch.forward.ranks import is_sharded, largest_on_all_ranks, needs_all_ranks, unwrap
 from composer_gradmatch.forward.scaling import check_scale_factor, scale_inputs
+from composer_gradmatch.forward.torch_private import is_from_cuda
 from composer_gradmatch.forward.traceless import no_trace
 from composer_gradmatch.forward.traces import ParameterContents
 from composer_gradmatch.spans import span
@@ -223,7 +224,7 @@ class SelectionPass:
         try:
             return unwrap(state.model)(batch)
         except RuntimeError as error:
-            if self.scale_factor == 1 or isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error):
+            if self.scale_factor == 1 or isinstance(error, torch.OutOfMemoryError) or is_from_cuda(error):
                 raise
             raise ValueError(
                 f"The model failed on inputs downsampled by scale_factor={self.scale_factor}: {error}. If it takes "

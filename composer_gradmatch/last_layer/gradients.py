@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from composer_gradmatch.last_layer.gram import last_layer_gram
 from composer_gradmatch.last_layer.position_gram import SoftmaxGrads, position_gram
-from composer_gradmatch.last_layer.tap import last_layer_gram
 
 __all__ = ["STORED_BYTES", "LayerGradients", "all_grads", "all_inputs", "gram_of_all"]
 

@@ -6,14 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from composer_gradmatch.matching.gram_omp import (
-    Solver,
-    effective_sample_size,
-    gram_omp,
-    matching_residual,
-    normalize_weights,
-)
+from composer_gradmatch.matching.gram_omp import gram_omp
 from composer_gradmatch.matching.on_device import fixed_omp
+from composer_gradmatch.matching.solvers import Solver
+from composer_gradmatch.matching.weights import effective_sample_size, matching_residual, normalize_weights
 from composer_gradmatch.spans import span
 
 __all__ = ["Match", "match_mean_gradient", "match_on_device"]
@@ -62,7 +58,7 @@ def match_mean_gradient(
     Args:
         gram (torch.Tensor): K of the samples' last-layer gradients, shape (M, M), float64.
         num_picks (int): m, the largest number of picks.
-        solver (str, optional): See :func:`.gram_omp`. Default: ``"omp"``.
+        solver (str | Callable, optional): See :func:`.gram_omp`. Default: ``"omp"``.
         ridge (float, optional): See :func:`.gram_omp`. Default: ``0.0``.
         tolerance (float, optional): See :func:`.gram_omp`. Default: ``0.0``.
 
@@ -70,7 +66,8 @@ def match_mean_gradient(
         Match | None: The picks, on the CPU, or None if the mean gradient is zero: there is nothing to match.
 
     Raises:
-        ValueError: If the Gram matrix is not finite.
+        TypeError: If ``solver`` is a function and returns no pair.
+        ValueError: If the Gram matrix is not finite, or what a function as ``solver`` returns is out of range.
     """
     with span("matching"):
         gram = gram.cpu()

@@ -3,43 +3,37 @@
 from __future__ import annotations
 
 import itertools
-import logging
-import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from types import FunctionType
 from typing import Any
 
-import sympy
 import torch
-from functorch.compile import default_partition
-from torch import fx, nn
-from torch._dynamo import symbolic_convert
-from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.eval_frame import _debug_get_cache_entry_list, remove_from_cache
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch import nn
 
 from composer_gradmatch.batches import map_tensors
+from composer_gradmatch.forward.torch_private import (
+    cache_entries,
+    dynamo_config,
+    is_limit_of_captures,
+    mark_dynamic,
+    maybe_mark_dynamic,
+    raised_by_backend,
+    reads_environment,
+    remove_from_cache,
+    tree_flatten,
+    tree_unflatten,
+)
+from composer_gradmatch.reuse.backend import Recording, run_recorded
 from composer_gradmatch.reuse.outside import NumbersOutside
-from composer_gradmatch.reuse.sliced_backward import Graphs, Run
-from composer_gradmatch.reuse.unsupported import UndecidedError, UnsupportedError, first_line, unwrapped
+from composer_gradmatch.reuse.quietly import quietly
+from composer_gradmatch.reuse.sliced_backward import Run
+from composer_gradmatch.reuse.unsupported import UndecidedError, UnsupportedError, first_line
 
 __all__ = ["CapturedForward", "Pass"]
-
-#: What says at length why a model cannot be captured, which the one warning says in a line.
-_TALKATIVE = [
-    logging.getLogger(f"torch.{name}")
-    for name in (
-        "_dynamo.convert_frame",
-        "_dynamo.symbolic_convert",
-        "_dynamo.utils",
-        "fx.experimental.symbolic_shapes",
-    )
-]
-_IGNORE_WARNINGS: Any = ("ignore", None, Warning, None, 0)
 
 #: How often a model is captured before it is called unsupported: where sizes that vary are symbols, and where each is
 #: a constant.
@@ -78,42 +72,6 @@ class Pass:
         )
 
 
-@dataclass
-class _Recording:
-    """What happens inside a compiled call: its backend keeps this, and nothing that keeps the compiled function."""
-
-    compiled: bool
-    num_samples: int = 0
-    run: Run | None = None
-    results: Sequence[Any] = ()
-    arguments: Sequence[Any] = ()
-    #: The ids of the batch's tensors.
-    leaves: set[int] = field(default_factory=set)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Keeps torch from saying on stderr, or in warnings, what happens while it captures.
-
-    Not by ``warnings.catch_warnings``, after which Python shows again what it has shown once; nor by the levels of
-    loggers, which each change makes all loggers find out anew.
-    """
-    quiet = [logger for logger in _TALKATIVE if not logger.disabled]
-    filters: list[Any] = warnings.filters  # type: ignore[assignment]
-    filters.insert(0, _IGNORE_WARNINGS)
-    # It prints the graph where the number that decides on a branch is a tensor's.
-    setattr(symbolic_convert, "print", lambda *_, **__: None)  # noqa: B010
-    for logger in quiet:
-        logger.disabled = True
-    try:
-        yield
-    finally:
-        filters.remove(_IGNORE_WARNINGS)
-        delattr(symbolic_convert, "print")
-        for logger in quiet:
-            logger.disabled = False
-
-
 class CapturedForward:
     """Runs a model's forward pass as a graph whose saved tensors can be sliced.
 
@@ -128,7 +86,7 @@ class CapturedForward:
 
     def __init__(self, forward: Callable[[Any], Any], layer: nn.Module | None = None, compiled: bool = False) -> None:
         self._layer, self._forward = layer, forward
-        self._recording = _Recording(compiled)
+        self._recording = Recording(compiled)
         self._seen: list[torch.Tensor] = []
         #: Whether other sizes than the number of samples may be symbols, and whether any was in the last call.
         self.varying, self.varies = True, False
@@ -170,7 +128,7 @@ class CapturedForward:
         # Dynamo would keep it, and all backends, for good.
         weakref.finalize(self, remove_from_cache, own.__code__).atexit = False
         self._code = own.__code__
-        return torch.compile(own, backend=partial(_backend, self._recording), fullgraph=True)
+        return torch.compile(own, backend=partial(run_recorded, self._recording), fullgraph=True)
 
     def __call__(self, batch: Any, num_samples: int) -> Pass:
         """Runs the forward pass over ``num_samples`` samples; buffers and generators change as in any forward pass.
@@ -189,7 +147,7 @@ class CapturedForward:
             # Gaps between rows would be a stride, and so a size that varies.
             leaf = leaf.detach() if leaf.is_contiguous() else leaf.detach().clone()
             if leaf.dim() and len(leaf) == num_samples:
-                torch._dynamo.mark_dynamic(leaf, 0)
+                mark_dynamic(leaf, 0)
                 per_sample.append(leaf)
             leaves.append(leaf)
             return leaf
@@ -198,7 +156,7 @@ class CapturedForward:
         sizes = self._varying_sizes(leaves)
         self.varies = bool(sizes)
         for leaf, dim in sizes:
-            torch._dynamo.maybe_mark_dynamic(leaf, dim)
+            maybe_mark_dynamic(leaf, dim)
         device = leaves[0].device.type if leaves else "cpu"
         autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         containers = _containers(marked)
@@ -222,8 +180,8 @@ class CapturedForward:
             with torch.autocast(device, enabled=False):
                 with (
                     torch.enable_grad(),
-                    _quietly(),
-                    torch._dynamo.config.patch(settings),
+                    quietly(),
+                    dynamo_config.patch(settings),
                     self._outside.recorded() as outside,
                 ):
                     outputs, seen = self._compiled(marked, per_sample, autocast, outside)
@@ -236,12 +194,12 @@ class CapturedForward:
         except UnsupportedError:
             raise
         except Exception as error:
-            if "Limit" in type(error).__name__:
+            if is_limit_of_captures(error):
                 raise UnsupportedError(
                     f"it would have to be captured more than {limit} times: sizes, or numbers that its forward pass "
                     "reads, change between steps (a number that is held in a buffer may)"
                 ) from error
-            inner = unwrapped(error)
+            inner = raised_by_backend(error)
             if isinstance(inner, UnsupportedError):
                 raise inner from None
             if isinstance(inner, torch.OutOfMemoryError):
@@ -255,10 +213,10 @@ class CapturedForward:
 
     def _guards(self, outside: int) -> Any:
         """Dynamo's guards of the graph that has just run: the entry used last comes first."""
-        guards = _debug_get_cache_entry_list(self._code)[0].guard_manager
+        guards = cache_entries(self._code)[0].guard_manager
         if guards is not self._last_guards:
             self._last_guards = guards
-            if any("environ" in part for part in guards.code_parts):
+            if reads_environment(guards):
                 self._outside.reads_environment(outside)
         return guards
 
@@ -334,111 +292,3 @@ def _containers(batch: Any) -> list[Any]:
     if isinstance(batch, Mapping):
         return [(key, id(item), _containers(item)) for key, item in batch.items()]
     return [(id(item), _containers(item)) for item in batch] if isinstance(batch, list | tuple) else []
-
-
-def _backend(recording: _Recording, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """Dynamo's backend: partitions the graph, and runs its forward part under record."""
-    for node in graph.graph.nodes:
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
-            raise UnsupportedError(
-                f"it checkpoints activations, or calls another function of functions ({node.target})"
-            )
-    batch = _batch_symbol(graph, recording.num_samples)
-    num_results = _copy_outputs(graph)
-    graphs: list[Graphs] = []
-
-    def partition(
-        joint: fx.GraphModule, inputs: Sequence[Any], *, num_fwd_outputs: int, **kwargs: Any
-    ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        forward, backward = default_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
-        num_mutated = num_fwd_outputs - num_results
-        graphs.append(Graphs(forward, backward, batch, num_fwd_outputs, num_mutated, recording.compiled))
-        return forward, backward
-
-    def compile_forward(module: fx.GraphModule, _: Any) -> Callable[[list[Any]], Any]:
-        def run(args: list[Any]) -> Any:
-            if not graphs:
-                return module(*args)
-            outputs = graphs[-1].run_forward(*args)
-            recording.run = Run(graphs[-1], list(args), list(outputs))
-            args.clear()
-            return outputs
-
-        run._boxed_call = True  # type: ignore[attr-defined]
-        return run
-
-    def compile_backward(module: fx.GraphModule, _: Any) -> Callable[[list[Any]], Any]:
-        def never(args: list[Any]) -> Any:
-            raise AssertionError("The whole backward pass is not run.")
-
-        never._boxed_call = True  # type: ignore[attr-defined]
-        return never
-
-    compiled = aot_autograd(fw_compiler=compile_forward, bw_compiler=compile_backward, partition_fn=partition)(
-        graph, example_inputs
-    )
-
-    shown = [False]
-
-    def call(*args: Any) -> Any:
-        results: Any = compiled(*args) if shown[0] else _without_a_trace(compiled, args, recording.leaves)
-        shown[0] = True
-        recording.results, recording.arguments = results, args
-        return results
-
-    return call
-
-
-def _without_a_trace(compiled: Callable[..., Any], args: Sequence[Any], leaves: set[int]) -> Any:
-    """What a graph returns that has not run before, unless it changes the batch or parameters, which it then has not.
-
-    Contents are compared: not everything that changes a tensor counts a version.
-    """
-    own = [arg.clone() if id(arg) in leaves else arg for arg in args]
-    parameters = [(arg, arg.detach().clone()) for arg in args if isinstance(arg, nn.Parameter)]
-    results = compiled(*own)
-    changed = [(parameter, before) for parameter, before in parameters if not _is_equal(parameter, before)]
-    with torch.no_grad():
-        for parameter, before in changed:
-            parameter.copy_(before)
-    if changed:
-        raise UnsupportedError("its forward pass changes its parameters")
-    if any(one is not other and not _is_equal(one, other) for one, other in zip(own, args, strict=True)):
-        raise UnsupportedError("its forward pass changes its batch in place")
-    return results
-
-
-@torch.no_grad()
-def _is_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors are the same, where what is not a number equals itself."""
-    if one.is_floating_point() or one.is_complex():
-        same = (one == other) | (one.isnan() & other.isnan())
-        return bool(same.all())
-    return torch.equal(one, other)
-
-
-def _batch_symbol(graph: fx.GraphModule, num_samples: int) -> sympy.Symbol:
-    """The symbol of the number of samples, the only size that varies and is ``num_samples``."""
-    values = [node.meta.get("example_value") for node in graph.graph.nodes if node.op == "placeholder"]
-    found = {value.node.expr for value in values if isinstance(value, torch.SymInt) and value.node.hint == num_samples}
-    if len(found) != 1 or not isinstance(symbol := found.pop(), sympy.Symbol):
-        raise UnsupportedError("the number of samples is no size that can vary")
-    return symbol
-
-
-def _copy_outputs(graph: fx.GraphModule) -> int:
-    """Lets a graph return copies of its tensors, which are views of nothing; returns how many outputs it has."""
-    end = graph.graph.output_node()
-    results = []
-    for result in end.args[0]:  # type: ignore[union-attr]
-        value = result.meta.get("example_value") if isinstance(result, fx.Node) else None
-        if isinstance(result, fx.Node) and isinstance(value, torch.Tensor):
-            with graph.graph.inserting_before(end):
-                copy = graph.graph.call_function(torch.clone, (result,))
-            copy.meta["example_value"] = value
-            results.append(copy)
-        else:
-            results.append(result)
-    end.args = (tuple(results),)
-    graph.recompile()
-    return len(results)

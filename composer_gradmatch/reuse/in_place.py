@@ -7,7 +7,7 @@ import operator
 import torch
 from torch import fx
 
-from composer_gradmatch.reuse.layout import operator_name
+from composer_gradmatch.reuse.operators import operator_name
 
 __all__ = ["compute_in_place"]
 

@@ -8,10 +8,14 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.eval_frame import remove_from_cache
-from torch._dynamo.exc import TorchDynamoException
 
-from composer_gradmatch.reuse.unsupported import first_line, unwrapped
+from composer_gradmatch.forward.torch_private import (
+    TorchDynamoException,
+    dynamo_config,
+    raised_by_backend,
+    remove_from_cache,
+)
+from composer_gradmatch.reuse.unsupported import first_line
 
 __all__ = ["InductorGraph"]
 
@@ -41,8 +45,8 @@ class InductorGraph:
         # Without the marks of sizes that vary, which are for the capture.
         detached = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
         try:
-            with torch._dynamo.config.patch(automatic_dynamic_shapes=True):
+            with dynamo_config.patch(automatic_dynamic_shapes=True):
                 return self._compiled(*detached)
         except TorchDynamoException as error:
-            self.failure = first_line(unwrapped(error))
+            self.failure = first_line(raised_by_backend(error))
             return self._module(*args)

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch._dynamo.variables.base import VariableTracker
-from torch._dynamo.variables.user_defined import UserDefinedClassVariable
+from composer_gradmatch.forward.torch_private import UserDefinedClassVariable
 
 __all__ = ["NumbersOutside"]
 
@@ -45,11 +44,11 @@ class NumbersOutside:
         """
         number, original = self.number(), UserDefinedClassVariable.var_getattr
 
-        def var_getattr(variable: UserDefinedClassVariable, tx: Any, name: str) -> VariableTracker:
+        def var_getattr(variable: Any, tx: Any, name: str) -> Any:
             self._take_down(variable.value, name)
             return original(variable, tx, name)
 
-        UserDefinedClassVariable.var_getattr = var_getattr  # type: ignore[method-assign, assignment]
+        UserDefinedClassVariable.var_getattr = var_getattr
         try:
             yield number
         finally:

@@ -7,7 +7,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["SpotChecks"]
+__all__ = ["SHARE", "SpotChecks"]
+
+#: The share of training's time that each kind of check may take.
+SHARE = 0.0025
 
 
 class SpotChecks:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["UndecidedError", "UnsupportedError", "first_line", "unwrapped"]
+__all__ = ["UndecidedError", "UnsupportedError", "first_line"]
 
 
 class UnsupportedError(Exception):
@@ -17,8 +17,3 @@ def first_line(error: BaseException) -> str:
     """An error's type, and the first line of what it says."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
-
-
-def unwrapped(error: Exception) -> Exception:
-    """What a backend has raised, which Dynamo wraps; any other error as it is."""
-    return getattr(error, "inner_exception", error)

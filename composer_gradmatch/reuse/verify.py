@@ -12,7 +12,7 @@ statistics of all M.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from composer_gradmatch.reuse.unsupported import UndecidedError, UnsupportedError
 
-__all__ = ["check_gradients", "check_outputs", "picks_normalised_by_all", "rounded_parameters"]
+__all__ = ["check_gradients", "check_outputs", "distinct_tensors", "picks_normalised_by_all", "rounded_parameters"]
 
 #: Of outputs relative to their norm, in single and in half precision.
 _TOLERANCE, _LOW_PRECISION_TOLERANCE = 1e-3, 5e-2
@@ -42,6 +42,11 @@ _ROUNDING, _LOW_PRECISION_ROUNDING = 1e-4, 5e-3
 def _tolerance(tensors: Sequence[torch.Tensor]) -> float:
     low = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors)
     return _LOW_PRECISION_TOLERANCE if low else _TOLERANCE
+
+
+def distinct_tensors(values: Iterable[Any]) -> list[torch.Tensor]:
+    """The tensors among some values, each once, in their order."""
+    return list({id(value): value for value in values if isinstance(value, torch.Tensor)}.values())
 
 
 def check_outputs(

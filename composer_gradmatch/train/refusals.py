@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from composer_gradmatch.forward.torch_private import raised_by_worker
 from composer_gradmatch.train.config import ConfigError, one_line
 
 __all__ = ["frames_of", "mark_as_users", "refusing", "touches_users_code"]
@@ -37,7 +38,7 @@ def touches_users_code(error: BaseException) -> bool:
     The user's own is what is neither in this package, nor in Python's library, nor installed; and what comes by an
     entry point. What a data loader's worker raises has no frames here, and counts as the user's.
     """
-    if "Original Traceback" in str(error):
+    if raised_by_worker(error):
         return True
     return any(map(_is_users, frames_of(error)))
 

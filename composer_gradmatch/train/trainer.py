@@ -16,6 +16,7 @@ from composer.utils import dist, get_device, reproducibility
 from composer.utils.file_helpers import format_name_with_dist
 
 from composer_gradmatch.algorithms.select_first import select_first
+from composer_gradmatch.forward.composer_private import generated_run_name
 from composer_gradmatch.train.builders import (
     build_algorithms,
     build_entries,
@@ -121,7 +122,7 @@ def build_trainer(config: dict[str, Any], summary: RunSummary | None = None) -> 
     optimizer = build_named("optimizer", config["optimizer"], model.parameters())
     scheduler = build_named("scheduler", config["scheduler"]) if config.get("scheduler") else None
 
-    run_name = config.get("run_name") or _generated_run_name()
+    run_name = config.get("run_name") or generated_run_name()
     folder = _run_folder(config, run_name)
     loggers = build_entries("logger", _with_log_file(config.get("loggers"), folder))
     if folder is not None:
@@ -158,12 +159,6 @@ def build_trainer(config: dict[str, Any], summary: RunSummary | None = None) -> 
         resolved = {**config, "run_name": run_name, "seed": seed}
         (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
     return trainer
-
-
-def _generated_run_name() -> str:
-    from composer.trainer.trainer import _generate_run_name
-
-    return _generate_run_name()
 
 
 def expect_small_batches() -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from composer_gradmatch import GradMatch, last_layer_gram
 from composer_gradmatch.forward.losses import per_sample_losses
-from composer_gradmatch.last_layer.output_layer import CheckedTap, name_of, observe_output_layer
+from composer_gradmatch.last_layer import CheckedTap, name_of, observe_output_layer
 
 ON = {"start": 0.0, "end": 1.0, "interrupt": 0}
 M, LENGTH, VOCABULARY = 9, 6, 40

@@ -308,7 +308,7 @@ def test_numbers_out_of_range_are_refused(argument, value, message):
 
 
 @settings(max_examples=100, deadline=None)
-@given(sizes, st.sampled_from(SOLVERS), st.sampled_from([0.0, 0.1]), st.integers(-12, 12))
+@given(sizes, st.sampled_from(list(SOLVERS)), st.sampled_from([0.0, 0.1]), st.integers(-12, 12))
 def test_every_solver_ends_with_distinct_picks_at_any_scale_and_rank(size, solver, ridge, exponent):
     seed, m, d, k = size
     gradients = np.random.default_rng(seed).integers(-2, 3, (m, d)) * 10.0**exponent

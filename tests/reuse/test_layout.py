@@ -9,7 +9,7 @@ from torch import nn
 
 from composer_gradmatch.benchmarks.peak import PeakMemory
 from composer_gradmatch.reuse.capture import CapturedForward
-from composer_gradmatch.reuse.layout import determine_layouts
+from composer_gradmatch.reuse.probe import determine_layouts
 from composer_gradmatch.reuse.unsupported import UndecidedError, UnsupportedError
 
 M, CLASSES = 8, 5
@@ -97,7 +97,7 @@ def test_the_layouts_are_determined_in_little_memory():
         return found
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("composer_gradmatch.reuse.sliced_backward.determine_layouts", measured)
+        patched.setattr("composer_gradmatch.reuse.graphs.determine_layouts", measured)
         CapturedForward(model)(torch.randn(M, 64, 256), M)
     of_one_layer = 14 * 64 * 256 * 4
     assert of_one_layer < peaks[0] < 8 * of_one_layer

@@ -172,7 +172,7 @@ def test_a_huggingface_model_that_returns_no_loss(select):
             algorithm_passes=[select_first],
             device_train_microbatch_size=M,
         ).fit()
-    assert algorithm._single_pass is not None
+    assert algorithm.selector.source.single is not None
 
 
 def test_checks_are_drawn_at_the_share_that_they_may_cost(monkeypatch):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet18
 
+from composer_gradmatch.reuse.model_forward import ModelForward
 from composer_gradmatch.reuse.single_pass import SinglePass
 from composer_gradmatch.reuse.unsupported import UnsupportedError
 
@@ -73,8 +74,8 @@ def test_rounding_in_a_deep_network_is_no_reason_to_fall_back(precision):
 
 def test_what_runs_in_another_way_is_found_in_low_precision(monkeypatch):
     """As a slice of other samples would be."""
-    original = SinglePass._own
-    monkeypatch.setattr(SinglePass, "_own", lambda self, batch: original(self, batch.flip(0)))
+    original = ModelForward.own
+    monkeypatch.setattr(ModelForward, "own", lambda self, batch: original(self, batch.flip(0)))
     with pytest.raises(UnsupportedError, match="differs"):
         served(deep(), bf16)
 

@@ -11,8 +11,7 @@ from composer.loggers import Logger
 from torch import nn
 
 from composer_gradmatch.forward.traceless import no_trace
-from composer_gradmatch.last_layer import resolve_output_layer
-from composer_gradmatch.last_layer.output_layer import observe_output_layer
+from composer_gradmatch.last_layer import observe_output_layer, resolve_output_layer
 from composer_gradmatch.studies.interleave import Interleaved, Variant, fit_interleaved
 from composer_gradmatch.studies.store import Run
 from composer_gradmatch.studies.strategies import selecting_entry

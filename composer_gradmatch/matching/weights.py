@@ -1,0 +1,64 @@
+"""What becomes of weights: normalised, how well they match, and how many samples they are worth."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+__all__ = ["effective_sample_size", "matching_residual", "normalize_weights"]
+
+Array = TypeVar("Array", np.ndarray, torch.Tensor)
+
+
+def normalize_weights(weights: Array) -> Array:
+    """Clips weights at zero and scales them to sum to their number (Algorithm 1, after the clipping of §4.2).
+
+    Unweighted selection then corresponds to weights that are all one (the paper's footnote 3).
+
+    Args:
+        weights (np.ndarray | torch.Tensor): γ, shape (n,). Not modified.
+
+    Returns:
+        np.ndarray | torch.Tensor: Weights of the same kind, shape and dtype, non-negative, with sum n.
+
+    Raises:
+        ValueError: If no weight is positive, or one is not finite.
+    """
+    clipped = weights.clip(min=0)
+    # Dividing by the largest first keeps the sum finite and away from zero at any scale.
+    largest = float(clipped.max()) if len(clipped) else 0.0
+    if not 0.0 < largest < float("inf"):
+        raise ValueError(f"weights need at least one positive and only finite values, got {weights!r}.")
+    clipped = clipped / largest
+    return clipped * (len(clipped) / clipped.sum())  # pyright: ignore[reportReturnType]
+
+
+def matching_residual(
+    gram: torch.Tensor, target: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Computes the relative matching residual ‖(1/n)Σᵢ wᵢgᵢ − ḡ‖² / ‖ḡ‖² of normalised weights.
+
+    The weights are those that training uses, with sum n, taken per unit weight; unnormalised least-squares
+    weights leave a smaller residual, but it is not the step that is made.
+
+    Args:
+        gram (torch.Tensor): K, shape (M, M).
+        target (torch.Tensor): The row means of K, shape (M,).
+        indices (torch.Tensor): I, shape (n,).
+        weights (torch.Tensor): w, shape (n,), with sum n.
+
+    Returns:
+        torch.Tensor: The residual, a scalar on the device of ``gram``; 0 for a perfect match, NaN if ‖ḡ‖ = 0.
+    """
+    unit = weights / len(weights)
+    mean_squared = target.mean()
+    picked = gram.index_select(0, indices).index_select(1, indices)
+    error = unit @ picked @ unit - 2 * unit @ target.index_select(0, indices) + mean_squared
+    return torch.where(mean_squared > 0, error.clamp(min=0) / mean_squared, torch.nan)
+
+
+def effective_sample_size(weights: torch.Tensor) -> torch.Tensor:
+    """Computes Kish's effective sample size (Σw)²/Σw², a scalar: n for n equal weights, 1 if one carries everything."""
+    return weights.sum() ** 2 / (weights**2).sum()

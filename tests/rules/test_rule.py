@@ -1,0 +1,113 @@
+"""The record of a rule."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from composer_gradmatch import Candidates, Rule
+from composer_gradmatch.rules import table
+from composer_gradmatch.rules.table import RULES, all_rules, rule_named
+
+
+def first(candidates, m, *, skip=0):
+    return torch.arange(skip, m + skip), None
+
+
+class Counting:
+    """Picks the next m samples at each call."""
+
+    def __init__(self, *, start: int = 0):
+        self.start, self.at = start, start
+
+    def reset(self):
+        self.at = self.start
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+    def __call__(self, candidates, m):
+        self.at += 1
+        return (torch.arange(m) + self.at) % candidates.num_samples, None
+
+
+def test_a_functions_name_and_options_are_the_rules():
+    rule = Rule(first)
+    assert (rule.name, rule.needs, rule.weighs) == ("first", "gradients", True)
+    assert list(rule.options) == ["skip"]
+    assert rule.with_options({"skip": 2}).function(Candidates(9), 3)[0].tolist() == [2, 3, 4]
+    assert rule.with_options({}) == rule
+    assert Rule(partial(first, skip=1)).name == "first"
+
+
+def test_a_class_is_made_an_object_with_its_options_each_time():
+    rule = Rule(Counting)
+    one, other = rule.with_options({"start": 3}).function, rule.with_options({"start": 3}).function
+    assert one is not other
+    assert one(Candidates(9), 1)[0].tolist() == [4]
+    assert other.at == 3
+
+
+def test_an_unknown_option_is_told_with_those_there_are():
+    with pytest.raises(TypeError, match="'first' has no option 'jump'; it has: skip"):
+        Rule(first).with_options({"jump": 1})
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda: None,
+        lambda candidates: None,
+        lambda candidates, m, more: None,
+        lambda candidates, m, *, more: None,
+        type("Deaf", (), {}),
+        type("Wants", (), {"__init__": lambda self, x: None, "__call__": lambda self, candidates, m: None}),
+    ],
+)
+def test_what_cannot_be_called_as_a_rule_is_refused(function):
+    with pytest.raises(TypeError, match=r"called as rule\(candidates, m\)|must be a function"):
+        Rule(function, name="mine")
+
+
+def test_no_function_and_unknown_needs_are_refused():
+    with pytest.raises(TypeError, match="must be a function"):
+        Rule("first")
+    with pytest.raises(ValueError, match="needs must be"):
+        Rule(first, needs="everything")
+
+
+@pytest.mark.parametrize(
+    ("needs", "reuse", "passes"), [("nothing", False, 0), ("losses", False, 2), ("losses", True, 1)]
+)
+def test_the_passes_follow_from_what_it_needs(needs, reuse, passes):
+    assert Rule(first, needs=needs).passes(reuse) == passes
+
+
+def test_the_table_has_each_rule_under_its_own_name():
+    assert list(RULES) == [rule.name for rule in RULES.values()]
+    assert {"gradmatch", "loss_backprop", "random_backprop"} <= set(RULES)
+
+
+class Point:
+    def __init__(self, name, value):
+        self.name, self.value = name, value
+
+    def load(self):
+        return self.value
+
+
+def test_installed_packages_add_rules_but_take_no_name_of_ours(monkeypatch):
+    points = [Point("theirs", first), Point("record", Rule(first, needs="losses")), Point("gradmatch", first)]
+    monkeypatch.setattr(table, "entry_points", lambda group: points if group == "composer_gradmatch_rules" else [])
+    rules = all_rules()
+    assert list(rules) == [*RULES, "record", "theirs"]
+    assert rules["gradmatch"] is RULES["gradmatch"]
+    assert (rules["record"].name, rules["record"].needs) == ("record", "losses")
+    assert rule_named("theirs").function is first
+    with pytest.raises(ValueError, match=r"no rule 'their'; perhaps 'theirs'"):
+        rule_named("their")
