@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import signal
@@ -214,6 +215,24 @@ def test_a_study_told_to_stop_stops_at_once(how, tmp_path):
     assert process.returncode == 128 + how
     assert [path.name[:9] for path in out.glob("runs/*.json")] == ["step-time"]
     assert not list(out.glob("logs/step-time*"))
+
+
+class ReadByNobody(io.StringIO):
+    def write(self, text):
+        raise BrokenPipeError
+
+
+def test_a_study_stops_where_nobody_reads_what_it_says(tmp_path, monkeypatch):
+    def stop(*args, **kwargs):
+        raise SystemExit(143)
+
+    codes = []
+    monkeypatch.setattr("composer_gradmatch.studies.run_study.run_study", stop)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    with monkeypatch.context() as patch, pytest.raises(BrokenPipeError):
+        patch.setattr(sys, "stderr", ReadByNobody())
+        main(["accuracy", DIGITS, "--out", str(tmp_path)])
+    assert codes == [143]
 
 
 def test_a_killed_study_loses_nothing_and_goes_on_with_the_missing_runs(tmp_path):
