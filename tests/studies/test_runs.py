@@ -229,9 +229,10 @@ def test_a_study_stops_where_nobody_reads_what_it_says(tmp_path, monkeypatch):
     codes = []
     monkeypatch.setattr("composer_gradmatch.studies.run_study.run_study", stop)
     monkeypatch.setattr(os, "_exit", codes.append)
-    with monkeypatch.context() as patch, pytest.raises(BrokenPipeError):
+    with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", ReadByNobody())
-        main(["accuracy", DIGITS, "--out", str(tmp_path)])
+        with pytest.raises(BrokenPipeError):
+            main(["accuracy", DIGITS, "--out", str(tmp_path)])
     assert codes == [143]
 
 
