@@ -91,9 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{arguments.config}: the study cannot be run:\n{error}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, SystemExit) as stop:  # Composer turns SIGINT and SIGTERM into SystemExit(128 + signal).
-        print("\nStopped. The same command goes on from here.", file=sys.stderr, flush=True)
-        # Workers follow at once; waiting for their runs is what the user did not want.
-        os._exit(stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 130)
+        try:
+            print("\nStopped. The same command goes on from here.", file=sys.stderr, flush=True)
+        finally:  # Also where nobody reads what is printed any more.
+            # Workers follow at once; waiting for their runs is what the user did not want.
+            os._exit(stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 130)
 
 
 if __name__ == "__main__":
