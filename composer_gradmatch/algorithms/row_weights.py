@@ -57,7 +57,7 @@ class RowWeights:
     def pick(self, batch: Any, indices: torch.Tensor, num_samples: int) -> Any:
         """Takes the picks of M samples, and remembers them as they are."""
         names = self.reader.names(batch, num_samples)
-        picked = self.reader.take(batch, indices, num_samples)
+        picked = self.reader.take(batch, indices, num_samples, names)
         self._picked = RowRecord.of(picked, len(indices), names, original=batch, indices=indices)
         return picked
 

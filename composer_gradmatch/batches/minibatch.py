@@ -113,7 +113,13 @@ def describe_targets(batch: Any, target_key: Any) -> str:
     return f"batch[{target_key!r}], {', '.join(shown)}"
 
 
-def take_samples(batch: Any, indices: torch.Tensor | slice, num_samples: int, whole: Set[str] = frozenset()) -> Any:
+def take_samples(
+    batch: Any,
+    indices: torch.Tensor | slice,
+    num_samples: int,
+    whole: Set[str] = frozenset(),
+    names: Set[str] | None = None,
+) -> Any:
     """The batch of the picked samples, in the order of ``indices``; the given batch is not changed.
 
     A tensor that is in the batch twice is in the new one twice.
@@ -125,6 +131,7 @@ def take_samples(batch: Any, indices: torch.Tensor | slice, num_samples: int, wh
         num_samples (int): M, which tells sample leaves from the rest.
         whole (Set[str], optional): Names from :func:`names_by_length` of other batches: of what is not per sample
             though its length is M here. Default: ``frozenset()``.
+        names (Set[str], optional): What :func:`sample_names` found in this batch; None to look. Default: ``None``.
 
     Returns:
         Any: A batch of the same structure and types.
@@ -132,7 +139,7 @@ def take_samples(batch: Any, indices: torch.Tensor | slice, num_samples: int, wh
     Raises:
         ValueError: If the batch holds nothing that can be picked from, or something that cannot be.
     """
-    names = sample_names(batch, num_samples, whole)
+    names = sample_names(batch, num_samples, whole) if names is None else names
     if not names:
         raise ValueError(
             f"Cannot pick samples from the batch, a {type(batch).__name__}: it holds no tensor, array or list of "

@@ -43,9 +43,11 @@ class BatchReader:
         """Names what in a batch of M samples has a row for each."""
         return sample_names(batch, num_samples, self.not_per_sample)
 
-    def take(self, batch: Any, indices: torch.Tensor | slice, num_samples: int) -> Any:
-        """Takes some of the M samples of a batch: see :func:`.take_samples`."""
-        return take_samples(batch, indices, num_samples, self.not_per_sample)
+    def take(
+        self, batch: Any, indices: torch.Tensor | slice, num_samples: int, names: frozenset[str] | None = None
+    ) -> Any:
+        """Takes some of the M samples of a batch, of whose :meth:`names` it may be told: see :func:`.take_samples`."""
+        return take_samples(batch, indices, num_samples, self.not_per_sample, names)
 
     def copy_of(self, batch: Any, indices: torch.Tensor | slice, num_samples: int) -> Any:
         """Copies some of the M samples of a batch, for a forward pass or a loss that may change it as it likes."""

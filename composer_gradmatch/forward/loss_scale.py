@@ -106,9 +106,9 @@ class LossScale:
             return None
         scale = self._usual / len(losses)
         sizes = losses.detach().double()
-        error = float(own_loss.detach()) - float(scale * sizes.sum())
-        rounding = 16 * torch.finfo(own_loss.dtype).eps
-        return scale if abs(error) <= rounding * float(scale.abs() * sizes.abs().sum()) else None
+        factor, rounding = scale.item(), 16 * torch.finfo(own_loss.dtype).eps
+        error = own_loss.item() - factor * sizes.sum().item()
+        return scale if abs(error) <= rounding * abs(factor) * sizes.abs().sum().item() else None
 
     def _move(self, device: torch.device) -> None:
         if self._usual is not None and self._constant is not None and self._usual.device != device:

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
+from composer_gradmatch.forward.numpy_state import NumpyState
 from composer_gradmatch.forward.ranks import is_sharded
 from composer_gradmatch.forward.traces import ModelTraces
 
@@ -47,7 +47,7 @@ class Generators:
     """The states of the random number generators of torch (CPU and the current CUDA device), numpy and Python."""
 
     python: tuple[Any, ...]
-    numpy: tuple[Any, ...]
+    numpy: NumpyState
     cpu: torch.Tensor
     cuda: torch.Tensor | None
     device: int
@@ -55,12 +55,11 @@ class Generators:
     @classmethod
     def now(cls) -> Generators:
         """Their states as they are."""
-        cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+        cuda = torch.cuda.is_initialized() and torch.cuda.is_available()
         device = torch.cuda.current_device() if cuda else 0
-        state: Any = np.random.get_state()
         return cls(
             random.getstate(),
-            state,
+            NumpyState.now(),
             torch.get_rng_state(),
             torch.cuda.get_rng_state(device) if cuda else None,
             device,
@@ -69,7 +68,7 @@ class Generators:
     def restore(self) -> None:
         """Puts them back."""
         random.setstate(self.python)
-        np.random.set_state(self.numpy)
+        self.numpy.restore()
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, self.device)
@@ -79,7 +78,7 @@ class Generators:
         now = Generators.now()
         return (
             self.python == now.python
-            and all(np.array_equal(one, other) for one, other in zip(self.numpy, now.numpy, strict=True))
+            and self.numpy.is_now()
             and torch.equal(self.cpu, now.cpu)
             and (self.cuda is None or now.cuda is None or torch.equal(self.cuda, now.cuda))
         )

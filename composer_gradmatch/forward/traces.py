@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections import deque
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,10 +19,12 @@ from torch import nn
 __all__ = ["ModelTraces", "ParameterContents"]
 
 #: Attributes that are torch's own: what is in them is remembered otherwise, or is none of a forward pass's business.
-_OWN_OF_TORCH = frozenset(vars(nn.Module()))
-_NUM_OWN_OF_TORCH = len(_OWN_OF_TORCH)
+_IN_ORDER = tuple(vars(nn.Module()))
+_OWN_OF_TORCH = frozenset(_IN_ORDER)
 _NUMBERS = frozenset({bool, int, float})
 _CONTAINERS = frozenset({list, dict, set, deque})
+#: What keeps its identity when its content changes.
+_CHANGED_IN_PLACE = _CONTAINERS | {torch.Tensor}
 
 
 class ModelTraces:
@@ -43,10 +46,11 @@ class ModelTraces:
         self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._containers: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for module in model.modules():
+        for module in _modules_of(model):
             for name, buffer in module._buffers.items():
                 if buffer is not None:
-                    self._buffers.append((module._buffers, name, buffer, buffer.detach().clone()))
+                    content = (buffer.detach() if buffer.requires_grad else buffer).clone()
+                    self._buffers.append((module._buffers, name, buffer, content))
             if not attributes:
                 continue
             for name, each in module._parameters.items():
@@ -54,7 +58,7 @@ class ModelTraces:
                     self._parameters.append((module._parameters, name, each, each._version, each.data_ptr()))
             held = vars(module)
             self._attributes.append((held, held.copy()))
-            if len(held) == _NUM_OWN_OF_TORCH:
+            if _holds_only_what_is_replaced(held):
                 continue
             for name in held.keys() - _OWN_OF_TORCH:
                 value = held[name]
@@ -121,6 +125,23 @@ class ModelTraces:
         for container, content in self._containers:
             if not _alike(container, content):
                 _refill(container, content)
+
+
+def _modules_of(model: nn.Module) -> list[nn.Module]:
+    """What ``model.modules()`` goes over, without the names that it makes on its way."""
+    found, seen = [model], {model}
+    for module in found:
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append(child)
+    return found
+
+
+def _holds_only_what_is_replaced(held: dict[str, Any]) -> bool:
+    """Whether a module's attributes are seen at a glance to be numbers and the like, which never change in place."""
+    others = islice(held.values(), len(_IN_ORDER), None)
+    return all(map(operator.is_, held, _IN_ORDER)) and _CHANGED_IN_PLACE.isdisjoint(map(type, others))
 
 
 def _put_back(held: dict[str, Any], before: dict[str, Any]) -> None:

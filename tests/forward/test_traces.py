@@ -111,3 +111,33 @@ def test_what_puts_parameters_back_leaves_graphs_that_saved_them_valid():
     contents.restore()
     outputs.backward()
     assert inputs.grad is not None
+
+
+def test_attributes_that_came_before_torchs_own_are_put_back():
+    class Early(nn.Module):
+        def __init__(self):
+            self.gathered = []
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, inputs):
+            self.gathered.append(inputs)
+            self.calls += 1
+            return inputs
+
+    model = nn.Sequential(Early(), Early())
+    with no_trace(model):
+        model(torch.ones(2))
+    assert [(each.gathered, each.calls) for each in model] == [([], 0), ([], 0)]
+
+
+def test_a_module_that_is_there_twice_or_missing_is_put_back_once():
+    shared = nn.BatchNorm1d(3)
+    model = nn.Sequential(shared, nn.Sequential(shared))
+    model.register_module("none", None)
+    mean = shared.running_mean.clone()
+    with no_trace(model) as traces:
+        shared(torch.randn(4, 3))
+        assert not torch.equal(shared.running_mean, mean)
+    assert torch.equal(shared.running_mean, mean)
+    assert len(traces._buffers) == 3
