@@ -7,6 +7,7 @@ runs every row against a float64 reference (``lockstep.py``); a new strategy is 
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
@@ -218,6 +219,8 @@ class Strategy:
 
     def make(self, row: Row, form: Form, start: float = 0.0) -> SubsetBackprop:
         more = {key: value for need in self.needs for key, value in row.options.get(need, {}).items()}
+        accepted = inspect.signature(self.algorithm).parameters
+        more = {key: value for key, value in more.items() if key in accepted}  # A solver's are not another rule's.
         return self.algorithm(start, 1.0, row.keep, interrupt=0, **form.keys(), **self.options, **more)
 
 

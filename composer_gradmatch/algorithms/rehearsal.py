@@ -67,6 +67,8 @@ def show_rows_and_objective(
             raise ValueError(_DEPENDENT)
     elif rows_of is not None and _losses_are_mixed(state, selection_pass, batch, few):
         return  # Their rows show nothing.
+    if rows_of is None and weighting is not None:
+        rows_of = _losses(state, selection_pass, batch, few)  # Which are weighted, if not looked at.
     if rows_of is None:
         return
     with torch.no_grad(), selection_pass.no_trace(state):
@@ -108,6 +110,16 @@ def _outputs_and_losses(state: State, selection_pass: SelectionPass, batch: Any,
         leaves = {str(i): leaf.detach() for i, leaf in enumerate(tensor_leaves(outputs))}
         outputs_of = {name: leaf for name, leaf in leaves.items() if leaf.shape[:1] == losses.shape}
         return {**outputs_of, "the losses": losses}
+
+    return rows
+
+
+def _losses(state: State, selection_pass: SelectionPass, batch: Any, num_samples: int) -> Rows:
+    """The samples' losses alone."""
+    both = _outputs_and_losses(state, selection_pass, batch, num_samples)
+
+    def rows(samples: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        return {"the losses": both(samples)["the losses"]}
 
     return rows
 

@@ -57,6 +57,11 @@ class Selector:
         """Whether it makes forward passes of its own."""
         return self.rule.needs != "nothing"
 
+    @property
+    def needs_losses(self) -> bool:
+        """Whether the samples' losses are looked at or weighted."""
+        return self.looks or self.weighting is not None
+
     def cost(self, share: float) -> float:
         """What the step that was selected for costs: see :func:`.step_cost`."""
         return step_cost(self.source.passes, share)
@@ -105,7 +110,7 @@ class Selector:
             ValueError: If it has no output layer as asked for.
         """
         model = unwrap(state.model)
-        if (self.looks or self.weighting is not None) and self.selection_pass.loss_fn is None:
+        if self.needs_losses and self.selection_pass.loss_fn is None:
             check_losses(model)
         if self.planned_passes == 2 and 2 / 3 <= keep < 1:
             warnings.warn(
@@ -119,7 +124,7 @@ class Selector:
 
     def check_first_batch(self, state: State) -> None:
         """Raises if a batch's labels cannot be trained on, as far as the model tells."""
-        if self.looks or self.weighting is not None:
+        if self.needs_losses:
             check_batch(unwrap(state.model), state.batch, self.selection_pass.loss_fn)
 
     def rehearse(self, state: State, num_samples: int, num_picks: int) -> None:
@@ -131,9 +136,11 @@ class Selector:
         """
         # A compiled model's graph could otherwise not be kept for the second backward pass of a comparison.
         with keeping_graphs() if self.layer is not None else nullcontext():
-            with self.selection_pass.watched(state) if self.looks else nullcontext():
+            with self.selection_pass.watched(state) if self.needs_losses else nullcontext():
                 self._rehearse_rule(self.source.rehearse(state, num_samples), num_picks)
-            if self.looks or self.weighting is not None:
+                if self.needs_losses and not self.looks:
+                    self.selection_pass.forward_few(state)
+            if self.needs_losses:
                 show_rows_and_objective(
                     state, self.selection_pass, self.source, self.weighting, at_layer=self.layer is not None
                 )

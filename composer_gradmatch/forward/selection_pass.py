@@ -151,6 +151,13 @@ class SelectionPass:
             few = -largest_on_all_ranks(-few, state.device)
         return self.reader.copy_of(state.batch, slice(few), num_samples), few
 
+    @torch.no_grad()
+    def forward_few(self, state: State) -> None:
+        """Runs the model on some samples of the batch, for what that changes."""
+        batch, few = self.few(state)
+        with self.no_trace(state):
+            self.forward(state, batch, few)
+
     def _size(self, state: State, num_samples: int) -> int:
         size = self.microbatch_size
         if size is None:

@@ -11,6 +11,8 @@ from adversarial_small import SMALL_ROWS
 from adversarial_trace import TRACE_ROWS
 from lockstep import resumable, run
 
+from composer_gradmatch.algorithms.subset_backprop import SubsetBackprop
+
 ROWS = [*OBJECTIVE_ROWS, *ROW_ROWS, *TRACE_ROWS, *SMALL_ROWS]
 LATE = 0.5
 
@@ -92,7 +94,7 @@ def test_names_tell_rows_apart():
 def test_the_lockstep_sees_a_fault(strategy, fault, monkeypatch):
     """A table that cannot fail would show nothing."""
     row = next(row for row in ROWS if row.name == "class weights")
-    after = strategy.algorithm._after_dataloader
+    after = SubsetBackprop._after_dataloader
 
     def tampered(self, state, logger):
         after(self, state, logger)
@@ -106,7 +108,7 @@ def test_the_lockstep_sees_a_fault(strategy, fault, monkeypatch):
         else:
             state.batch = torch.cat([x, x[:1]]), torch.cat([y, y[:1]])
 
-    monkeypatch.setattr(strategy.algorithm, "_after_dataloader", tampered)
+    monkeypatch.setattr(SubsetBackprop, "_after_dataloader", tampered)
     result = run(row, row.form("tuple"), strategy)
     assert result.fault is not None or result.refusal is not None
     assert result.steps <= 1
