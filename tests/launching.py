@@ -14,19 +14,29 @@ from oracles import weighted_gradient
 LAUNCHER = [str(Path(sys.executable).with_name("composer")), "-n", "2"]
 
 
-def run_on_two_ranks(worker, folder, *arguments):
-    """What each rank of ``tests/distributed/{worker}`` saved in the folder."""
+def launch(worker, folder, *arguments):
+    """Runs ``tests/distributed/{worker}`` in two processes."""
     script = Path(__file__).parent / "distributed" / worker
     done = subprocess.run(
         [*LAUNCHER, str(script), str(folder), *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=280,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def read_ranks(folder):
+    """What each of two ranks saved in a folder."""
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def run_on_two_ranks(worker, folder, *arguments):
+    """What each rank of ``tests/distributed/{worker}`` saved in the folder."""
+    launch(worker, folder, *arguments)
+    return read_ranks(folder)
 
 
 def save_step(folder, seen, model, **more):
@@ -36,7 +46,7 @@ def save_step(folder, seen, model, **more):
         {
             "inputs": inputs[selection.indices],
             "targets": targets[selection.indices],
-            "weights": selection.weights,
+            "weights": torch.ones(len(selection.indices)) if selection.weights is None else selection.weights,
             "parameters": [p.detach().clone() for p in model.module.parameters()],
             **more,
         },

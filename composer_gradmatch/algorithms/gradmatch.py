@@ -34,44 +34,19 @@ class GradMatch(RuleBackprop):
     are trained with weights one. (Where the output layer runs at many positions of a sample, the host asks for their
     number.)
 
-    The first seven parameters are those of Composer's ``SelectiveBackprop``.
-
     Args:
-        start (float, optional): Start of selection as a fraction of training. Default: ``0.5``.
-        end (float, optional): End of selection as a fraction of training. Default: ``0.9``.
-        keep (float, optional): Fraction of the minibatch to keep, m = max(1, int(keep·M)). Default: ``0.5``.
-        scale_factor (float, optional): Scale for downsampling the inputs of the selection pass, in (0, 1].
-            Default: ``1.0``.
-        interrupt (int, optional): Every ``interrupt``-th batch is trained whole; 0 selects from all.
-            Default: ``2``.
-        input_key (str | int | tuple[Callable, Callable] | Any, optional): Where a batch has its inputs.
-            Default: ``0``.
-        target_key (str | int | tuple[Callable, Callable] | Any, optional): Where a batch has its targets.
-            Default: ``1``.
-        output_layer (str | nn.Module, optional): The ``nn.Linear`` whose gradients stand for the model's: a dotted
-            name or the module itself. ``None`` finds the one that put out what the model returns (its ``logits``, if
-            it names them), or what that is made from by nothing learned. Its output must be its input times its
-            weight plus its bias; where the loss goes through other parameters behind it, one that was found is an
-            error, and one that was named a warning. Default: ``None``.
-        loss_fn (Callable, optional): A function of (outputs, batch) that returns the loss of each sample, shape
-            (M,). ``None`` asks the model's own ``loss(..., reduction='none')`` or, for a ``HuggingFaceModel``, takes
-            the loss of its task from its logits and labels. Default: ``None``.
-        solver (str, optional): ``"omp"``, the paper's Algorithm 2; ``"nonnegative"`` or ``"swap"``, variants of it;
-            or ``"sklearn"``, which the paper's experiments ran: see :func:`.gram_omp`. Default: ``"omp"``.
+        solver (str | Callable, optional): ``"omp"``, the paper's Algorithm 2; ``"nonnegative"`` or ``"swap"``,
+            variants of it; ``"sklearn"``, which the paper's experiments ran; or a function of a :class:`.Problem`: see
+            :func:`.gram_omp`. Default: ``"omp"``.
         ridge (float, optional): A penalty on the weights, λ‖w‖² with λ relative to the mean squared norm of the
             samples' gradients, which makes them more even. Default: ``0.0``.
         tolerance (float, optional): Picks no more samples once the squared error of the match is at most this share
             of ‖ḡ‖², in [0, 1), so that the number of picks, at most m, adapts to the minibatch. That is the error of
             the least-squares weights, any ridge penalty included; clipped and normalised weights have a larger one,
             which is logged as ``matching_residual``. Default: ``0.0``.
-        selection_microbatch_size (int | str, optional): Samples at a time in the selection pass: a number, ``"auto"``,
-            or ``None`` for the training step's; see :class:`.RuleBackprop`. Default: ``None``.
-        selection_precision (str | Precision, optional): The precision of the selection pass, e.g. ``"amp_bf16"``;
-            ``None`` for the training step's. Default: ``None``.
-        reuse_activations (bool, optional): Whether to make one forward pass instead of two; see
-            :class:`.RuleBackprop`. Default: ``False``.
-        clock (str, optional): ``"batch"`` counts batches within an epoch, too, for ``start`` and ``end``; see
-            :class:`.RuleBackprop`. Default: ``"duration"``.
+
+    All other arguments are those of :class:`.RuleBackprop`, the first seven of them also those of Composer's
+    ``SelectiveBackprop``.
 
     Raises:
         TypeError: At INIT, if the model's loss cannot give per-sample values.

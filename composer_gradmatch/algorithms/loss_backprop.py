@@ -25,32 +25,12 @@ class LossBackprop(RuleBackprop):
     does not restore the generators in mid-epoch, so there the draws do not resume.
 
     Args:
-        start (float, optional): Start of selection as a fraction of training. Default: ``0.5``.
-        end (float, optional): End of selection as a fraction of training. Default: ``0.9``.
-        keep (float, optional): Fraction of the minibatch to keep, m = max(1, int(keep·M)). Default: ``0.5``.
-        scale_factor (float, optional): Scale for downsampling the inputs of the selection pass, in (0, 1].
-            Default: ``1.0``.
-        interrupt (int, optional): Every ``interrupt``-th batch is trained whole; 0 selects from all.
-            Default: ``2``.
-        input_key (str | int | tuple[Callable, Callable] | Any, optional): Where a batch has its inputs.
-            Default: ``0``.
-        target_key (str | int | tuple[Callable, Callable] | Any, optional): Where a batch has its targets.
-            Default: ``1``.
-        loss_fn (Callable, optional): A function of (outputs, batch) that returns the loss of each sample, shape
-            (M,). ``None`` asks the model's own ``loss(..., reduction='none')`` or, for a ``HuggingFaceModel``, takes
-            the loss of its task from its logits and labels. Default: ``None``.
         beta (float, optional): The selectivity β. ``None`` takes Composer's 1/keep − 1, which makes the mean
             probability of a sample keep; the paper's text has M/m = 1/keep. Default: ``None``.
         history (int, optional): R, the number of recent losses to rank by; 0 ranks within the minibatch.
             Default: ``0``.
-        selection_microbatch_size (int | str, optional): Samples at a time in the selection pass: a number, ``"auto"``,
-            or ``None`` for the training step's; see :class:`.RuleBackprop`. Default: ``None``.
-        selection_precision (str | Precision, optional): The precision of the selection pass, e.g. ``"amp_bf16"``;
-            ``None`` for the training step's. Default: ``None``.
-        reuse_activations (bool, optional): Whether to make one forward pass instead of two; see
-            :class:`.RuleBackprop`. Default: ``False``.
-        clock (str, optional): ``"batch"`` counts batches within an epoch, too, for ``start`` and ``end``; see
-            :class:`.RuleBackprop`. Default: ``"duration"``.
+
+    All other arguments are those of :class:`.RuleBackprop`.
 
     Raises:
         ValueError: If a value is out of range.

@@ -16,18 +16,7 @@ class RandomBackprop(RuleBackprop):
 
     It costs m/M of a step where the selecting strategies cost (M/3 + m)/M, and neither of them reliably beats it.
 
-    Args:
-        start (float, optional): Start of selection as a fraction of training. Default: ``0.5``.
-        end (float, optional): End of selection as a fraction of training. Default: ``0.9``.
-        keep (float, optional): Fraction of the minibatch to keep, m = max(1, int(keep·M)). Default: ``0.5``.
-        interrupt (int, optional): Every ``interrupt``-th batch is trained whole; 0 selects from all.
-            Default: ``2``.
-        input_key (str | int | tuple[Callable, Callable] | Any, optional): Where a batch has its inputs.
-            Default: ``0``.
-        target_key (str | int | tuple[Callable, Callable] | Any, optional): Where a batch has its targets.
-            Default: ``1``.
-        clock (str, optional): ``"batch"`` counts batches within an epoch, too, for ``start`` and ``end``; see
-            :class:`.RuleBackprop`. Default: ``"duration"``.
+    Its arguments are those of :class:`.RuleBackprop` that have to do with when and how much to select.
 
     Raises:
         ValueError: If a value is out of range.

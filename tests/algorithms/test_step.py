@@ -243,3 +243,18 @@ def test_the_choice_of_solver_reaches_the_step(options):
     assert torch.equal(x, inputs[picks.tolist()])
     assert torch.equal(y, targets[picks.tolist()])
     np.testing.assert_allclose(w, weights, rtol=1e-4)
+
+
+def test_a_solver_of_ones_own_makes_the_step():
+    """Any function of a problem: here the samples of the largest correlation, with equal weights."""
+
+    def largest(problem):
+        indices = np.argsort(-problem.target, kind="stable")[: problem.k]
+        return indices, np.ones(problem.k)
+
+    algorithm = always(solver=largest)
+    seen = record_selections(algorithm)
+    step_of(CONV.model(), loader(CONV.data(M), M), [algorithm])
+    (_, picks) = seen[0]
+    assert len(picks.indices) == int(KEEP * M)
+    torch.testing.assert_close(picks.weights, torch.ones(len(picks.indices)).double())

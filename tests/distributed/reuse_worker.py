@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -15,9 +16,18 @@ from launching import save_step
 from composer_gradmatch import GradMatch, select_first
 from composer_gradmatch.reuse.single_pass import SinglePass
 
-if __name__ == "__main__":
-    folder, microbatch_size, alone = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True"
-    dist.initialize_dist(get_device("cpu"))
+SERVED: list[int] = []
+_original = SinglePass._rows
+
+
+def _rows(self: SinglePass, batch: object) -> torch.Tensor | None:
+    found = _original(self, batch)
+    SERVED.append(-1 if found is None else len(found))
+    return found
+
+
+def make_step(folder, microbatch_size, alone):
+    SERVED.clear()
     model = CONV.model()
     algorithm = GradMatch(
         # With alone, rank 1 makes two passes.
@@ -28,15 +38,6 @@ if __name__ == "__main__":
         reuse_activations=not (alone and dist.get_global_rank() == 1),
     )
     seen = record_selections(algorithm)
-    served: list[int] = []
-    original = SinglePass._rows
-
-    def rows(self: SinglePass, batch: object) -> torch.Tensor | None:
-        found = original(self, batch)
-        served.append(-1 if found is None else len(found))
-        return found
-
-    SinglePass._rows = rows
     trainer = make_trainer(
         model,
         loader(CONV.data(24), 12),
@@ -45,4 +46,12 @@ if __name__ == "__main__":
         device_train_microbatch_size=microbatch_size,
     )
     trainer.fit()
-    save_step(folder, seen, model, served=served)
+    folder.mkdir(exist_ok=True)
+    save_step(folder, seen, model, served=list(SERVED))
+
+
+if __name__ == "__main__":
+    SinglePass._rows = _rows
+    dist.initialize_dist(get_device("cpu"))
+    for number, case in enumerate(json.loads(sys.argv[2])):
+        make_step(Path(sys.argv[1]) / str(number), *case)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -11,14 +12,12 @@ import torch
 from cases import CONV, loader, make_trainer
 from composer.algorithms import LayerFreezing
 from composer.utils import dist, get_device
+from selecting import factory
 
-from composer_gradmatch import GradMatch, LossBackprop, RandomBackprop, select_first
+from composer_gradmatch import select_first
 
-CLASSES = {"gradmatch": GradMatch, "loss": LossBackprop, "random": RandomBackprop}
 
-if __name__ == "__main__":
-    folder, what, name = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-    dist.initialize_dist(get_device("cpu"), timeout=60.0)
+def train(folder, what, name):
     rank = dist.get_global_rank()
     dataset = CONV.data(72)
     inputs, targets = dataset.tensors
@@ -29,7 +28,7 @@ if __name__ == "__main__":
     options = {"ddp_sync_strategy": "multi_auto_sync"} if what == "explicit" else {}
     freezing = [LayerFreezing()] if what == "freezing" else []
     model, error = CONV.model(), ""
-    algorithm = CLASSES[name](start=0.0, end=1.0, keep=0.5, interrupt=0)
+    algorithm = factory(name)(start=0.0, end=1.0, keep=0.5, interrupt=0)
     trainer = make_trainer(
         model,
         loader(dataset, 12),
@@ -37,6 +36,7 @@ if __name__ == "__main__":
         max_duration="3ba",
         algorithm_passes=[select_first],
         device_train_microbatch_size=2,
+        seed=0,
         **options,
     )
     try:
@@ -45,6 +45,7 @@ if __name__ == "__main__":
         if what != "bad":
             raise
         error = str(caught)
+    folder.mkdir(exist_ok=True)
     torch.save(
         {
             "steps": int(trainer.state.timestamp.batch),
@@ -54,3 +55,9 @@ if __name__ == "__main__":
         },
         folder / f"rank{rank}.pt",
     )
+
+
+if __name__ == "__main__":
+    dist.initialize_dist(get_device("cpu"), timeout=60.0)
+    for case in json.loads(sys.argv[2]):
+        train(Path(sys.argv[1]) / "-".join(case), *case)

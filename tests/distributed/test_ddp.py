@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from cases import CONV
-from launching import assert_step_is_the_weighted_mean, run_on_two_ranks
+from launching import assert_step_is_the_weighted_mean, launch, read_ranks
+
+from composer_gradmatch.rules.table import RULES
+
+#: Algorithm, microbatch size, and the samples of rank 1 where it has fewer than rank 0. All in one launch.
+CASES = [
+    *[("gradmatch", microbatch_size, shorter) for microbatch_size, shorter in [(2, 0), (12, 0), (12, 2), (2, 5)]],
+    *[(name, 2, 0) for name in RULES if name != "gradmatch"],
+]
 
 
-@pytest.mark.parametrize(("microbatch_size", "shorter"), [(2, 0), (12, 0), (12, 2), (2, 5)])
-def test_a_ddp_step_is_the_weighted_mean_over_both_ranks_picks(tmp_path, microbatch_size, shorter):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("ddp")
+    launch("worker.py", made, json.dumps(CASES))
+    return made
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: "-".join(map(str, CASES[number])))
+def test_a_ddp_step_is_the_weighted_mean_over_both_ranks_picks(folder, number):
     """Also where rank 1 has fewer samples than rank 0."""
-    ranks = run_on_two_ranks("worker.py", tmp_path, microbatch_size, shorter)
-    counts = [len(rank["weights"]) for rank in ranks]
-    assert counts[0] != counts[1], "the ranks should have picked different numbers of samples"
+    ranks = read_ranks(folder / str(number))
     assert_step_is_the_weighted_mean(ranks, CONV.model().module)
+    if CASES[number][0] == "gradmatch":
+        counts = [len(rank["weights"]) for rank in ranks]
+        assert counts[0] != counts[1], "the ranks should have picked different numbers of samples"

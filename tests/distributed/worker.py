@@ -1,7 +1,8 @@
-"""Run by two processes: one selecting step under DDP; rank 0 saves the new weights, each rank its picks."""
+"""Run by two processes: selecting steps under DDP, one after the other; each rank saves its picks and weights."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -11,19 +12,19 @@ from cases import CONV, loader, make_trainer, record_selections
 from composer import DataSpec
 from composer.utils import dist, get_device
 from launching import save_step
+from selecting import factory
 
-from composer_gradmatch import GradMatch, select_first
+from composer_gradmatch import select_first
 
-if __name__ == "__main__":
-    folder, microbatch_size, shorter = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    dist.initialize_dist(get_device("cpu"))
+
+def make_step(folder, name, microbatch_size, shorter):
     dataset = CONV.data(24)
     if dist.get_global_rank() == 0:
         # Few distinct samples on rank 0: matching stops early there, so that the ranks' |I| differ.
         for i in range(0, 24, 2):
             dataset.tensors[0][i], dataset.tensors[1][i] = dataset.tensors[0][(i % 6)], dataset.tensors[1][i % 6]
     model = CONV.model()
-    algorithm = GradMatch(start=0.0, end=1.0, keep=0.5, interrupt=0)
+    algorithm = factory(name)(start=0.0, end=1.0, keep=0.5, interrupt=0)
     seen = record_selections(algorithm)
     train = loader(dataset, 12)
     if shorter and dist.get_global_rank() == 1:
@@ -35,6 +36,14 @@ if __name__ == "__main__":
         [algorithm],
         algorithm_passes=[select_first],
         device_train_microbatch_size=microbatch_size,
+        seed=0,
     )
     trainer.fit()
+    folder.mkdir(exist_ok=True)
     save_step(folder, seen, model)
+
+
+if __name__ == "__main__":
+    dist.initialize_dist(get_device("cpu"))
+    for number, case in enumerate(json.loads(sys.argv[2])):
+        make_step(Path(sys.argv[1]) / str(number), *case)

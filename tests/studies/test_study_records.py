@@ -50,7 +50,7 @@ def test_a_study_names_what_there_is(study):
 def test_the_help_needs_no_extra_and_a_study_says_what_it_needs(tmp_path):
     program = f"""
 import sys
-for name in ("pandas", "seaborn", "matplotlib"):
+for name in ("pandas", "seaborn"):
     sys.modules[name] = None  # As if it were not installed.
 from composer_gradmatch.studies.__main__ import main
 try:
