@@ -61,7 +61,7 @@ def algorithm_of(rule: Rule) -> Callable[..., RuleBackprop]:
 
 
 def _hints_of(rule: Rule) -> dict[str, Any]:
-    """The types of a rule's options, as far as they can be told."""
+    """Gives the types of a rule's options, as far as they can be told."""
     function = rule.function
     try:
         return typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)

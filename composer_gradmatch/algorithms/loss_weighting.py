@@ -59,7 +59,7 @@ class LossWeighting:
         self._leaves_traces = False
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the scale of the model's own loss."""
+        """Tells what a checkpoint keeps: the scale of the model's own loss."""
         return self._scale.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ __all__ = ["check_order", "check_order_of_losses", "check_unweighted_losses"]
 
 
 def _earlier_after_events(selecting: Algorithm, state: State) -> Sequence[Algorithm]:
-    """What runs before an algorithm on AFTER_ events: what stands behind it, since Composer reverses the list."""
+    """Tells what runs before an algorithm on AFTER_ events: what stands behind it, since Composer reverses the list."""
     positions = [i for i, algorithm in enumerate(state.algorithms) if algorithm is selecting]
     if not positions:
         raise ValueError(

@@ -101,7 +101,7 @@ class RanksInStep:
         return enough_samples(num_picks, num_samples, state, self._fewest(state, num_picks))
 
     def _fewest(self, state: State, num_picks: int) -> int:
-        """The fewest samples of a microbatch, looked for only where they could be too few."""
+        """Gives the fewest samples of a microbatch, looked for only where they could be too few."""
         smallest = smallest_microbatch(num_picks, state.device_train_microbatch_size)
         if smallest >= max(2, self._ghost_batch_size):
             return 1
@@ -137,7 +137,7 @@ class RanksInStep:
         return fill_up(picks, num_samples, wanted, growth)
 
     def stay_in_step(self, state: State) -> bool:
-        """Whether all ranks must make the same number of microbatches.
+        """Tells whether all ranks must make the same number of microbatches.
 
         For forward passes that are ones of all ranks (FSDP, SyncBatchNorm), and where gradients are synchronised in
         each microbatch (Composer's default with algorithms that leave parameters without a gradient). Which it is, is

@@ -92,7 +92,7 @@ def _show_objective(
 
 
 def _without_gradients(rows_of: Rows) -> Rows:
-    """What is looked at, but for gradients, which depend on the number of samples."""
+    """Tells what is looked at, but for gradients, which depend on the number of samples."""
 
     def rows(samples: torch.Tensor) -> Mapping[str, torch.Tensor]:
         return {name: each for name, each in rows_of(samples).items() if name != "its outputs' gradients"}
@@ -101,7 +101,7 @@ def _without_gradients(rows_of: Rows) -> Rows:
 
 
 def _outputs_and_losses(state: State, selection_pass: SelectionPass, batch: Any, num_samples: int) -> Rows:
-    """What the model returns for each sample, and the samples' losses."""
+    """Tells what the model returns for each sample, and the samples' losses."""
 
     def rows(samples: torch.Tensor) -> Mapping[str, torch.Tensor]:
         with torch.no_grad(), selection_pass.no_trace(state), normalised_by_running_statistics(unwrap(state.model)):
@@ -115,7 +115,7 @@ def _outputs_and_losses(state: State, selection_pass: SelectionPass, batch: Any,
 
 
 def _losses(state: State, selection_pass: SelectionPass, batch: Any, num_samples: int) -> Rows:
-    """The samples' losses alone."""
+    """Gives the samples' losses alone."""
     both = _outputs_and_losses(state, selection_pass, batch, num_samples)
 
     def rows(samples: torch.Tensor) -> Mapping[str, torch.Tensor]:
@@ -125,7 +125,7 @@ def _losses(state: State, selection_pass: SelectionPass, batch: Any, num_samples
 
 
 def _losses_are_mixed(state: State, selection_pass: SelectionPass, batch: Any, num_samples: int) -> bool:
-    """Whether samples' losses depend on each other's outputs, of which it warns."""
+    """Tells whether samples' losses depend on each other's outputs, of which it warns."""
     leaves = []
 
     def leaf_of(output: torch.Tensor) -> torch.Tensor:

@@ -127,7 +127,7 @@ class RowWeights:
         return microbatch
 
     def _with_shared_tensors_whole(self, microbatch: Any, trained: RowRecord) -> Any:
-        """A microbatch with those tensors whole that were picked from since their length happened to be M.
+        """Gives a microbatch with those tensors whole that were picked from since their length happened to be M.
 
         That they are not per sample is seen by their not being split.
         """

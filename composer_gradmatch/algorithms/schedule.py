@@ -51,7 +51,7 @@ def elapsed_duration(state: State, clock: Clock) -> float:
 
 
 def is_scheduled(state: State, clock: Clock, start: float, end: float, interrupt: int) -> bool:
-    """Whether to select from the batch that is about to be trained on.
+    """Tells whether to select from the batch that is about to be trained on.
 
     Args:
         state (State): The run's state.

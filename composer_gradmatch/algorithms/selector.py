@@ -63,7 +63,7 @@ class Selector:
         return self.looks or self.weighting is not None
 
     def cost(self, share: float) -> float:
-        """What the step that was selected for costs: see :func:`.step_cost`."""
+        """Tells what the step that was selected for costs: see :func:`.step_cost`."""
         return step_cost(self.source.passes, share)
 
     def reset(self) -> None:
@@ -83,7 +83,7 @@ class Selector:
                 part.reset_fit()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps; of the rule, the state on each rank, since Composer saves that of rank 0."""
+        """Tells what a checkpoint keeps; of the rule, the state on each rank, since Composer saves that of rank 0."""
         state: dict[str, Any] = {} if self.weighting is None else {"loss_scale": self.weighting.state_dict()}
         if hasattr(self._function, "state_dict") and (own := self._function.state_dict()):
             state["rule"] = dist.all_gather_object(own)

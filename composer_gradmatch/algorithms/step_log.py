@@ -14,7 +14,7 @@ __all__ = ["StepLog", "metrics_of"]
 
 
 def metrics_of(picks: Picks, num_samples: int, filled_up: bool) -> dict[str, float | torch.Tensor]:
-    """What to log of a step's picks: how many there are, how even their weights, and what the rule has to say.
+    """Tells what to log of a step's picks: how many there are, how even their weights, and what the rule has to say.
 
     Args:
         picks (Picks): n picks of M samples.

@@ -121,7 +121,7 @@ class SubsetBackprop(Algorithm):
         self.selector.reset_fit(state)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the algorithm."""
+        """Tells what a checkpoint keeps of the algorithm."""
         return {
             **super().state_dict(),
             "batches_trained_whole": self.batches_trained_whole,
@@ -136,7 +136,7 @@ class SubsetBackprop(Algorithm):
         self.selector.load_state_dict(state)
 
     def match(self, event: Event, state: State) -> bool:
-        """Whether to run: see :class:`.Algorithm`."""
+        """Tells whether to run: see :class:`.Algorithm`."""
         if event in (Event.INIT, Event.FIT_START):
             return True
         if event == Event.AFTER_DATALOADER:

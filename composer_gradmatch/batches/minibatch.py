@@ -45,7 +45,7 @@ _SHOWN = 4
 
 
 def get_item(batch: Any, key: Any, name: str) -> Any:
-    """What ``key`` names in a batch, by Composer's rules, or a clear error that tells which parameter is wrong.
+    """Tells what ``key`` names in a batch, by Composer's rules, or a clear error that tells which parameter is wrong.
 
     Args:
         batch (Any): A batch.
@@ -70,7 +70,7 @@ def get_item(batch: Any, key: Any, name: str) -> Any:
 
 
 def count_samples(batch: Any, input_key: Any = 0, target_key: Any = 1) -> int:
-    """The number of samples M of a batch: the common leading length of its inputs and targets.
+    """Counts the samples M of a batch: the common leading length of its inputs and targets.
 
     Where inputs or targets are a list, M may be the list's length: that in which both agree. A mapping (a dict,
     HuggingFace's ``BatchEncoding``) that has neither the key 0 nor 1 and an object with attributes need no keys if all
@@ -99,7 +99,7 @@ def count_samples(batch: Any, input_key: Any = 0, target_key: Any = 1) -> int:
 
 
 def describe_targets(batch: Any, target_key: Any) -> str:
-    """The targets' key, shape and range, for an error message."""
+    """Gives the targets' key, shape and range, for an error message."""
     if isinstance(batch, Mapping) and target_key == 1 and 1 not in batch and "labels" in batch:
         target_key = "labels"
     if is_array(batch) and isinstance(target_key, int):
@@ -120,7 +120,7 @@ def take_samples(
     whole: Set[str] = frozenset(),
     names: Set[str] | None = None,
 ) -> Any:
-    """The batch of the picked samples, in the order of ``indices``; the given batch is not changed.
+    """Takes the batch of the picked samples, in the order of ``indices``; the given batch is not changed.
 
     A tensor that is in the batch twice is in the new one twice.
 
@@ -159,7 +159,7 @@ def take_samples(
 
 
 def copy_batch(batch: Any) -> Any:
-    """A batch that a model may change as it likes: new containers, and clones of tensors and arrays.
+    """Copies a batch that a model may change as it likes: new containers, and clones of tensors and arrays.
 
     A tensor that is in the batch twice is in the copy twice; a view is cloned without what is around it. Strings,
     numbers and what has no parts to copy are shared.
@@ -178,12 +178,12 @@ def copy_batch(batch: Any) -> Any:
 
 
 def copy_structure(batch: Any) -> Any:
-    """The same leaves in new containers."""
+    """Puts the same leaves in new containers."""
     return map_nest(lambda _, leaf: leaf, batch)
 
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], batch: Any) -> Any:
-    """The same batch with each tensor replaced by what ``function`` makes of it, in the order of the leaves."""
+    """Gives the same batch with each tensor replaced by what ``function`` makes of it, in the order of the leaves."""
 
     def mapped(_: str, leaf: Any) -> Any:
         return function(leaf) if isinstance(leaf, torch.Tensor) else leaf
@@ -192,7 +192,7 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], batch: Any) ->
 
 
 def tensor_leaves(batch: Any) -> Iterator[torch.Tensor]:
-    """The tensors of a nest, in a fixed order; those of a list of samples' tensors one by one."""
+    """Goes through the tensors of a nest, in a fixed order; those of a list of samples' tensors one by one."""
     return (leaf for _, leaf in named_leaves(batch) if isinstance(leaf, torch.Tensor))
 
 
@@ -203,7 +203,7 @@ def _needs_no_keys(batch: Any) -> bool:
 
 
 def _common_length(batch: Any) -> int:
-    """M of a batch without keys: what its tensors agree on; where it has none, its lists."""
+    """Finds M of a batch without keys: what its tensors agree on; where it has none, its lists."""
     refuse_packed(batch)
     possible = [_lengths(item) for _, item in children(batch) or () if holds_arrays(item)]
     if not possible:
@@ -221,7 +221,7 @@ def _common_length(batch: Any) -> int:
 
 
 def _is_list_of_samples(batch: Any) -> bool:
-    """Whether a batch is a list of single samples, of which indices name no inputs and targets.
+    """Tells whether a batch is a list of single samples, of which indices name no inputs and targets.
 
     Such are strings and numbers, and tuples or dicts of one kind that have scalars in them.
     """
@@ -267,7 +267,7 @@ def _length_at_keys(batch: Any, input_key: Any, target_key: Any) -> int:
 
 
 def _agreed(possible: Sequence[list[int] | None]) -> list[int]:
-    """The lengths that all have among theirs, in the order of the first."""
+    """Gives the lengths that all have among theirs, in the order of the first."""
     first, *others = possible or [[]]
     common = first or []
     for other in others:
@@ -293,7 +293,7 @@ def _lengths(value: Any) -> list[int] | None:
 
 
 def _rows_of(leaf: Any, indices: torch.Tensor | slice) -> Any:
-    """The rows of a sample leaf."""
+    """Gives the rows of a sample leaf."""
     if isinstance(leaf, torch.Tensor) and not leaf.is_nested and leaf.layout == torch.strided:
         return leaf[indices if isinstance(indices, slice) else indices.to(leaf.device)]
     # In Python, which makes the host wait for what a GPU has picked.
@@ -318,7 +318,7 @@ def _copied(leaf: Any) -> Any:
 
 
 def _describe(leaf: Any) -> str:
-    """A leaf's shape, for an error message."""
+    """Gives a leaf's shape, for an error message."""
     if isinstance(leaf, torch.Tensor) and leaf.is_nested:
         return f"a nested tensor of {leaf.size(0)}"
     if is_array(leaf):

@@ -33,17 +33,17 @@ _WHOLE = (
 
 
 def is_array(value: Any) -> bool:
-    """Whether a value is a tensor or an array."""
+    """Tells whether a value is a tensor or an array."""
     return isinstance(value, torch.Tensor | np.ndarray)
 
 
 def is_sequence(value: Any) -> bool:
-    """Whether a value is a list, a tuple or the like, which strings are not."""
+    """Tells whether a value is a list, a tuple or the like, which strings are not."""
     return isinstance(value, list | tuple | deque | UserList) and not isinstance(value, torch.Size)
 
 
 def children(value: Any) -> list[tuple[Any, Any]] | None:
-    """The parts of a container, each with its key, index or attribute's name; None for a leaf."""
+    """Gives the parts of a container, each with its key, index or attribute's name; None for a leaf."""
     if type(value) in _PLAIN:
         return None
     if isinstance(value, Mapping):
@@ -59,7 +59,7 @@ def children(value: Any) -> list[tuple[Any, Any]] | None:
 def named_leaves(
     value: Any, stops: Collection[str] = (), name: str = "", inside: tuple[int, ...] = ()
 ) -> Iterator[tuple[str, Any]]:
-    """Each leaf with the dotted path of keys that leads to it, in a fixed order.
+    """Lists each leaf with the dotted path of keys that leads to it, in a fixed order.
 
     Args:
         value (Any): A nest.
@@ -77,7 +77,7 @@ def named_leaves(
 
 
 def join(name: str, key: Any) -> str:
-    """The name of what a container of that name has at a key."""
+    """Gives the name of what a container of that name has at a key."""
     own = str(key).replace(".", "\\.")
     return f"{name}.{own}" if name else own
 
@@ -85,7 +85,7 @@ def join(name: str, key: Any) -> str:
 def map_nest(
     function: Callable[[str, Any], Any], value: Any, stops: Collection[str] = (), *, twins: bool = True
 ) -> Any:
-    """The same nest in new containers, each leaf replaced by what ``function`` makes of its name and itself.
+    """Gives the same nest in new containers, each leaf replaced by what ``function`` makes of its name and itself.
 
     Args:
         function (Callable): Makes the new leaves.
@@ -119,7 +119,7 @@ class _Mapping:
 
 
 def rebuild(value: Any, parts: list[tuple[Any, Any]]) -> Any:
-    """A container of the same kind with other parts, at the same keys; ``value`` is not changed."""
+    """Gives a container of the same kind with other parts, at the same keys; ``value`` is not changed."""
     if type(value) is dict:
         return dict(parts)
     if isinstance(value, Mapping):
@@ -133,7 +133,7 @@ def rebuild(value: Any, parts: list[tuple[Any, Any]]) -> Any:
 
 
 def resized(value: Any, items: list[Any]) -> Any:
-    """A list, a tuple or the like of the same type with other items, of any number."""
+    """Gives a list, a tuple or the like of the same type with other items, of any number."""
     kind = type(value)
     if kind is list or kind is range:
         return items
@@ -151,12 +151,12 @@ def resized(value: Any, items: list[Any]) -> Any:
 
 
 def vars_of(value: Any) -> dict[str, Any]:
-    """An object's own attributes, as they are; a dict of its own where it has no room for any."""
+    """Gives an object's own attributes, as they are; a dict of its own where it has no room for any."""
     return getattr(value, "__dict__", {})
 
 
 def _attributes(value: Any) -> list[tuple[str, Any]]:
-    """The attributes that an object holds itself, those in slots included."""
+    """Gives the attributes that an object holds itself, those in slots included."""
     slots = [
         name
         for kind in type(value).__mro__
@@ -169,7 +169,7 @@ def _attributes(value: Any) -> list[tuple[str, Any]]:
 
 
 def _blank(value: Any) -> Any:
-    """An object of the same type without attributes: no constructor runs, and frozen ones are not asked."""
+    """Gives an object of the same type without attributes: no constructor runs, and frozen ones are not asked."""
     try:
         return object.__new__(type(value))
     except TypeError:

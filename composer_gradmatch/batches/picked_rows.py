@@ -101,7 +101,7 @@ class RowRecord:
         return RowRecord.of(batch, int(num_rows or 0), leaves)
 
     def names_left_whole(self, microbatch: Any) -> set[str]:
-        """The names of tensors that are whole in a microbatch in which others are split: they are not per sample.
+        """Gives the names of tensors that are whole in a microbatch in which others are split: they are not per sample.
 
         Args:
             microbatch (Any): A part of the recorded batch, as its ``DataSpec`` has split it.
@@ -112,7 +112,7 @@ class RowRecord:
         return whole if split else set()
 
     def rows_now(self, batch: Any) -> torch.Tensor:
-        """Which recorded row each row of the batch is, after other algorithms may have changed it.
+        """Tells which recorded row each row of the batch is, after other algorithms may have changed it.
 
         Leaves that were changed are no evidence. Of rows that are alike in all that is left, the first.
 
@@ -132,7 +132,7 @@ class RowRecord:
         return torch.tensor(found.rows, dtype=torch.int64)
 
     def weights_now(self, batch: Any, weights: torch.Tensor) -> torch.Tensor:
-        """The weights of the batch's rows, after other algorithms may have changed it.
+        """Gives the weights of the batch's rows, after other algorithms may have changed it.
 
         Rows that are alike in everything get the mean of their weights.
 
@@ -147,7 +147,7 @@ class RowRecord:
         return _weigh(self, _match(self, batch, fresh=False), weights, _UNKNOWN_NOW)
 
     def weights_of(self, microbatch: Any, weights: torch.Tensor) -> torch.Tensor:
-        """The weights of a microbatch's samples, in its own order: see :func:`match_rows`.
+        """Gives the weights of a microbatch's samples, in its own order: see :func:`match_rows`.
 
         A view is trusted to show its rows, though a forward pass may have changed them in place.
         """
@@ -157,7 +157,7 @@ class RowRecord:
 def match_rows(
     microbatch: Any, batch: Any, weights: torch.Tensor, names: Collection[str] | None = None
 ) -> torch.Tensor:
-    """The weights of a microbatch's samples, in its own order, found by recognising the samples.
+    """Gives the weights of a microbatch's samples, in its own order, found by recognising the samples.
 
     A ``DataSpec`` may split a batch as it likes. Views of the batch's tensors (Composer's default) are
     recognised by their place in memory. Copies are recognised by content; samples that are alike in everything
@@ -180,7 +180,7 @@ def match_rows(
 
 
 def find_rows(microbatch: Any, batch: Any, num_samples: int, read: Sequence[bool]) -> torch.Tensor | None:
-    """Which samples of a batch a microbatch holds, by the tensors that matter.
+    """Tells which samples of a batch a microbatch holds, by the tensors that matter.
 
     Args:
         microbatch (Any): Some samples of ``batch``, in the same structure.
@@ -289,7 +289,7 @@ def _match_contents(record: RowRecord, leaves: Mapping[str, Any]) -> _Match | No
 
 
 def _weigh(record: RowRecord, found: _Match | None, weights: torch.Tensor, unknown: str) -> torch.Tensor:
-    """The weights of rows that were found."""
+    """Gives the weights of rows that were found."""
     if found is None or len(weights) != record.num_rows:
         raise ValueError(unknown)
     if found.same is None:
@@ -375,7 +375,7 @@ def _codes_of(record: RowRecord, name: str, part: Any) -> tuple[torch.Tensor, to
 
 
 def _leaves(batch: Any, names: Collection[str] | None, num_rows: int = 0) -> dict[str, Any]:
-    """The leaves of those names; without names, all sample leaves of so many rows."""
+    """Gives the leaves of those names; without names, all sample leaves of so many rows."""
     if names is None:
         names = sample_names(batch, num_rows)
     return {name: leaf for name, leaf in named_leaves(batch, names) if name in names}

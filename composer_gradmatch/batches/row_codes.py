@@ -19,7 +19,7 @@ VALUES = (str, bytes, int, float, complex, bool, type(None), np.generic)
 
 
 def rows_in_memory(part: torch.Tensor, whole: torch.Tensor) -> list[int] | None:
-    """Which rows of ``whole`` a view shows, whole ones or the same part of each; None if it is no such view."""
+    """Tells which rows of ``whole`` a view shows, whole ones or the same part of each; None if it is no such view."""
     if part.device != whole.device or part.dtype != whole.dtype or not part.dim() or not part.numel():
         return None
     if not (_has_memory(part) and _has_memory(whole)) or not whole.numel() or whole.stride(0) == 0:
@@ -36,7 +36,7 @@ def rows_in_memory(part: torch.Tensor, whole: torch.Tensor) -> list[int] | None:
 
 
 def _span(tensor: torch.Tensor) -> int:
-    """How many elements of memory a row reaches over."""
+    """Tells how many elements of memory a row reaches over."""
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
 
 
@@ -45,7 +45,7 @@ def _has_memory(tensor: torch.Tensor) -> bool:
 
 
 def _elements_apart(part: torch.Tensor, whole: torch.Tensor) -> int:
-    """How far in memory one tensor is behind another; of tensors without values, in a storage that both have."""
+    """Tells how far in memory one tensor is behind another; of tensors without values, in a storage that both have."""
     if part.device.type != "meta":
         return (part.data_ptr() - whole.data_ptr()) // whole.element_size()
     same = part.untyped_storage()._cdata == whole.untyped_storage()._cdata
@@ -53,7 +53,7 @@ def _elements_apart(part: torch.Tensor, whole: torch.Tensor) -> int:
 
 
 def codes_of_objects(part: list[Any], whole: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same of two lists of samples' values."""
+    """Does the same for two lists of samples' values."""
     known: dict[Any, int] = {}
     recorded = [known.setdefault(_value(item), len(known)) for item in whole]
     now = [known.get(_value(item), -1) for item in part]
@@ -61,7 +61,7 @@ def codes_of_objects(part: list[Any], whole: list[Any]) -> tuple[torch.Tensor, t
 
 
 def _value(item: Any) -> Any:
-    """Something hashable that is equal where two samples' values are."""
+    """Makes something hashable that is equal where two samples' values are."""
     if is_array(item):
         tensor = as_tensor(item)
         if not isinstance(tensor, torch.Tensor):
@@ -95,7 +95,7 @@ def codes_of_tensors(part: torch.Tensor, whole: torch.Tensor) -> tuple[torch.Ten
 
 
 def _row_codes(tensor: torch.Tensor) -> torch.Tensor:
-    """A number for each row: products with fixed random integers, modulo 2⁶⁴, of the elements' bits."""
+    """Gives a number for each row: products with fixed random integers, modulo 2⁶⁴, of the elements' bits."""
     flat = tensor.detach()
     if flat.is_complex():
         flat = torch.view_as_real(flat.resolve_conj())
@@ -115,14 +115,14 @@ def _multipliers(number: int, device: torch.device) -> torch.Tensor:
 
 
 def is_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors are alike; NaN equals NaN."""
+    """Tells whether two tensors are alike; NaN equals NaN."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     return torch.equal(one, other) or bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 def as_tensor(leaf: Any) -> Any:
-    """An array of numbers as a tensor of the same memory."""
+    """Gives an array of numbers as a tensor of the same memory."""
     if not isinstance(leaf, np.ndarray) or leaf.dtype.kind not in "biufc" or min(leaf.strides, default=0) < 0:
         return leaf
     try:

@@ -26,7 +26,7 @@ _PARTS = object()
 
 
 def sample_names(batch: Any, num_samples: int, whole: Set[str] = frozenset()) -> frozenset[str]:
-    """The dotted names of a batch's sample leaves: those that :func:`take_samples` picks from.
+    """Gives the dotted names of a batch's sample leaves: those that :func:`take_samples` picks from.
 
     Args:
         batch (Any): A batch of ``num_samples`` samples.
@@ -44,7 +44,7 @@ def sample_names(batch: Any, num_samples: int, whole: Set[str] = frozenset()) ->
 
 
 def names_by_length(batch: Any, num_samples: int) -> dict[str, int]:
-    """The dotted names of what in a batch has another leading length than M, and these lengths.
+    """Gives the dotted names of what in a batch has another leading length than M, and these lengths.
 
     What has another length in one batch is not per sample in any, even where its length is M by chance. A list of
     another length than M is named, too, whose items are the parts of a nest; and ``name.*`` names the items of a list
@@ -68,7 +68,7 @@ def names_by_length(batch: Any, num_samples: int) -> dict[str, int]:
 
 
 def _read(value: Any, name: str, num_samples: int, whole: Set[str]) -> list[tuple[str, Any, int | None]]:
-    """The leaves of a batch with their names and lengths, lists of samples' values among them.
+    """Gives the leaves of a batch with their names and lengths, lists of samples' values among them.
 
     A list of another length than M whose items are parts stands among them as ``_PARTS``.
     """
@@ -92,7 +92,7 @@ def _read(value: Any, name: str, num_samples: int, whole: Set[str]) -> list[tupl
 
 
 def _are_samples(value: Any, num_samples: int) -> bool:
-    """Whether the first item and the kinds of the others show that a list of length M is no nest."""
+    """Tells whether the first item and the kinds of the others show that a list of length M is no nest."""
     first, *others = value
     if isinstance(first, str | int | float):
         return all(isinstance(item, str | int | float) for item in others)
@@ -104,7 +104,7 @@ def _are_samples(value: Any, num_samples: int) -> bool:
 
 
 def _is_nest(value: Any, name: str, inner: list[int | None], num_samples: int, whole: Set[str]) -> bool:
-    """Whether a list of length M is one of parts, by the lengths of the leaves in it."""
+    """Tells whether a list of length M is one of parts, by the lengths of the leaves in it."""
     if join(name, "*") in whole or num_samples not in inner:
         return False
     if not holds_arrays(value) and name:
@@ -122,7 +122,7 @@ def _kind(item: Any) -> Any:
 
 
 def holds_arrays(value: Any) -> bool:
-    """Whether a tensor or an array is in a nest."""
+    """Tells whether a tensor or an array is in a nest."""
     parts = children(value)
     return is_array(value) if parts is None else any(holds_arrays(item) for _, item in parts)
 
@@ -139,7 +139,7 @@ def refuse_packed(batch: Any) -> None:
 
 
 def length(leaf: Any) -> int | None:
-    """The leading length of what may be a sample leaf."""
+    """Gives the leading length of what may be a sample leaf."""
     if isinstance(leaf, torch.Tensor) and leaf.is_nested:
         return leaf.size(0)
     if is_array(leaf):

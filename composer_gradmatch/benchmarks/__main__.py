@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: prints a table, and writes it as CSV with ``--out``; returns the exit code."""
+    """Runs the command line: prints a table, and writes it as CSV with ``--out``; returns the exit code."""
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.benchmark == "omp":

@@ -82,7 +82,7 @@ class _StepPeak(Callback):
 def measure_memory(
     names: Sequence[str], samples: Sequence[int] = (), picks: int | None = None, keeps: Sequence[float] = ()
 ) -> list[dict[str, Any]]:
-    """One step of GradMatch a row: the peaks of its selection and of the training step on its picks.
+    """Measures one step of GradMatch a row: the peaks of its selection and of the training step on its picks.
 
     The selection pass runs once over all of M and once in microbatches of m samples, the size of the training
     step's own. With two passes, the peak of the whole step is the larger of selection's and the training step's.
@@ -129,7 +129,7 @@ def _full_batch_peak(name: str, size: int) -> dict[str, float]:
 
 
 def _keep(picks: int, size: int) -> float:
-    """A keep at which m of M samples are picked: m/M itself may round to one fewer."""
+    """Finds a keep at which m of M samples are picked: m/M itself may round to one fewer."""
     return (picks + 0.5) / size
 
 

@@ -38,13 +38,13 @@ class CausalLM(ComposerModel):
         return self.head(self.body(self.embedding(batch[0]), mask=mask, is_causal=True))
 
     def loss(self, outputs: torch.Tensor, batch: Any, reduction: str = "mean") -> torch.Tensor:
-        """Cross-entropy of the next tokens; without a reduction of shape (M, T)."""
+        """Computes the cross-entropy of the next tokens; without a reduction of shape (M, T)."""
         losses = F.cross_entropy(outputs.flatten(0, 1), batch[1].flatten(), reduction=reduction)
         return losses.reshape(batch[1].shape) if reduction == "none" else losses
 
 
 def minilm() -> HuggingFaceModel:
-    """A BERT of MiniLM's size with random weights, as a classifier of texts in two classes.
+    """Builds a BERT of MiniLM's size with random weights, as a classifier of texts in two classes.
 
     Raises:
         ImportError: If transformers is not installed.

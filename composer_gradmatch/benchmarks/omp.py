@@ -97,7 +97,7 @@ def _gpu_peer(gradients: np.ndarray, gram: np.ndarray, k: int, device: str) -> C
 def measure_omp(
     sizes: Sequence[tuple[int, int]] = SIZES, rounds: int = 15, devices: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
-    """A row for each size and contestant, which are checked to pick the same samples.
+    """Gives a row for each size and contestant, which are checked to pick the same samples.
 
     SPAMS takes the residual correlation relative to what is left of an atom outside the span of the picked ones (order
     recursive matching pursuit), so of it only the number of picks is checked.

@@ -20,7 +20,7 @@ _INPUTS, _CLASSES = 64, 10
 
 
 def gram_matrices(name: str, num_samples: int, count: int, seed: int = 0) -> Iterator[torch.Tensor]:
-    """Gram matrices of minibatches, shape (M, M), float64.
+    """Makes Gram matrices of minibatches, shape (M, M), float64.
 
     Args:
         name (str): A key of :data:`PROBLEMS`: softmax cross-entropy of random features (D = 64) and logits of ten

@@ -31,7 +31,7 @@ _CHUNK = 4096
 
 
 def _relative_error(gram: torch.Tensor, picks: torch.Tensor, weights: torch.Tensor) -> float:
-    """‖Σwᵢgᵢ − ḡ‖² / ‖ḡ‖² of a solver's own weights."""
+    """Computes ‖Σwᵢgᵢ − ḡ‖² / ‖ḡ‖² of a solver's own weights."""
     target = gram.mean(1)
     error = weights @ gram[picks][:, picks] @ weights - 2 * weights @ target[picks] + target.mean()
     return float(error.clamp(min=0) / target.mean())
@@ -40,7 +40,7 @@ def _relative_error(gram: torch.Tensor, picks: torch.Tensor, weights: torch.Tens
 def measure_solvers(
     num_samples: int = 128, keeps: Sequence[float] = (0.1, 0.3, 0.5), count: int = 20
 ) -> list[dict[str, Any]]:
-    """A row for each problem, m and variant, with means over minibatches.
+    """Gives a row for each problem, m and variant, with means over minibatches.
 
     Args:
         num_samples (int, optional): M. Default: ``128``.
@@ -97,7 +97,7 @@ def _caller(grams: Sequence[torch.Tensor], m: int, arguments: dict[str, Any]) ->
 
 
 def smallest_error(gram: torch.Tensor, m: int) -> float:
-    """The optimum of eq. 1 by enumeration: the smallest ‖Σwᵢgᵢ − ḡ‖² / ‖ḡ‖² of any m samples and weights.
+    """Finds the optimum of eq. 1 by enumeration: the smallest ‖Σwᵢgᵢ − ḡ‖² / ‖ḡ‖² of any m samples and weights.
 
     Args:
         gram (torch.Tensor): K, shape (M, M), float64, of which any m rows are linearly independent.
@@ -115,7 +115,7 @@ def smallest_error(gram: torch.Tensor, m: int) -> float:
 
 
 def measure_greedy(num_samples: int = 16, picks: Sequence[int] = (2, 4, 6, 8), count: int = 50) -> list[dict[str, Any]]:
-    """How good is greedy: the error of each solver relative to the exact optimum's.
+    """Tells how good is greedy: the error of each solver relative to the exact optimum's.
 
     Args:
         num_samples (int, optional): M, small enough to enumerate all subsets. Default: ``16``.

@@ -16,7 +16,7 @@ __all__ = ["interleaved_medians", "multiply_adds_per_second"]
 def interleaved_medians(
     contestants: Mapping[str, Callable[[], Any]], rounds: int, calls: int = 5, synchronize: bool = False
 ) -> dict[str, float]:
-    """The median seconds of a call of each contestant, measured in turns.
+    """Measures the median seconds of a call of each contestant, measured in turns.
 
     In a turn a contestant is called ``calls`` times after a call that does not count: the threads of the contestant
     before may still be spinning, and the caches are its own.
@@ -43,6 +43,6 @@ def interleaved_medians(
 
 
 def multiply_adds_per_second(size: int = 1024) -> float:
-    """What numpy's product of two float64 matrices reaches, with all of its threads."""
+    """Tells what numpy's product of two float64 matrices reaches, with all of its threads."""
     a, b = np.random.default_rng(0).standard_normal((2, size, size))
     return size**3 / interleaved_medians({"product": lambda: a @ b}, rounds=5)["product"]

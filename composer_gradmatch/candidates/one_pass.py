@@ -93,7 +93,7 @@ class OnePass(Source):
         return self.two_passes.look(state, num_samples)
 
     def rows_of(self, state: State, batch: Any, num_samples: int) -> Rows:
-        """As two passes do: see :class:`.Source`."""
+        """Looks as two passes do: see :class:`.Source`."""
         return self.two_passes.rows_of(state, batch, num_samples)
 
     def _look_once(self, state: State, num_samples: int) -> Candidates:

@@ -46,7 +46,7 @@ class Source:
         return self.look(state, num_samples)
 
     def rows_of(self, state: State, batch: Any, num_samples: int) -> Rows | None:
-        """What is looked at of the samples of a small batch, to show whose is which; None if that is nothing."""
+        """Tells what is looked at of the samples of a small batch, to show whose is which; None if that is nothing."""
         return None
 
     def serve(self, state: State, picks: Picks) -> None:

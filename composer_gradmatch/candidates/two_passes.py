@@ -105,7 +105,7 @@ class TwoPasses(Source):
         return LayerGradients.of(layer.of(state), inputs, grads, tap.outputs, num_samples), losses
 
     def rows_of(self, state: State, batch: Any, num_samples: int) -> Rows:
-        """What is looked at of the samples of a small batch: :class:`.Source`."""
+        """Tells what is looked at of the samples of a small batch: :class:`.Source`."""
 
         def of_losses(samples: torch.Tensor) -> dict[str, torch.Tensor]:
             with (

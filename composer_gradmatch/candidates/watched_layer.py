@@ -91,7 +91,7 @@ class WatchedLayer:
             self.selection_pass.warn(tap.warning)
 
     def is_spoilt_by(self, error: Exception) -> bool:
-        """Whether an error comes of an output that is changed in place, which further taps copy then."""
+        """Tells whether an error comes of an output that is changed in place, which further taps copy then."""
         if self._changed_in_place or not changed_a_leaf_in_place(error):
             return False
         self._changed_in_place = True

@@ -17,7 +17,7 @@ _CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 
 
 def cifar10(split: Literal["train", "test"], root: str = "data", download: bool = False) -> Dataset:
-    """CIFAR-10: 50,000 training and 10,000 test images of ten classes.
+    """Reads CIFAR-10: 50,000 training and 10,000 test images of ten classes.
 
     Training images are cropped at random after padding by 4 and flipped at random; all are standardised.
 
@@ -37,7 +37,7 @@ def cifar10(split: Literal["train", "test"], root: str = "data", download: bool 
 
 
 def cifar100(split: Literal["train", "test"], root: str = "data", download: bool = False) -> Dataset:
-    """CIFAR-100: 50,000 training and 10,000 test images of a hundred classes; otherwise as :func:`cifar10`.
+    """Reads CIFAR-100: 50,000 training and 10,000 test images of a hundred classes; otherwise as :func:`cifar10`.
 
     Args:
         split (str): ``"train"`` or ``"test"``.

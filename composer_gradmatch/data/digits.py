@@ -15,7 +15,7 @@ __all__ = ["digits"]
 
 
 def digits(split: Literal["train", "test"]) -> TensorDataset:
-    """The digits' training or test images, by a fixed stratified split of 80 to 20 %.
+    """Reads the digits' training or test images, by a fixed stratified split of 80 to 20 %.
 
     Args:
         split (str): ``"train"`` (1,437 images) or ``"test"`` (360 images).

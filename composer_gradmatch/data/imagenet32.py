@@ -111,7 +111,7 @@ class ImageNet32(Dataset):
         self._transform = image_transform(split, _STATISTICS, augment=split == "train")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the images' contents: worker processes map the file themselves."""
+        """Leaves out the images' contents: worker processes map the file themselves."""
         return {**vars(self), "images": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -127,7 +127,7 @@ class ImageNet32(Dataset):
 
 
 def imagenet32(split: Literal["train", "test"], root: str = "data/imagenet32") -> ImageNet32:
-    """ImageNet at 32×32 (Chrabaszcz et al., 2017): 1,281,167 training and 50,000 test images of 1,000 classes.
+    """Reads ImageNet at 32×32 (Chrabaszcz et al., 2017): 1,281,167 training and 50,000 test images of 1,000 classes.
 
     The first use joins the published pickles into two arrays beside them (4 GB for training), which are then
     memory-mapped. Training images are cropped at random after padding by 4 and flipped at random.

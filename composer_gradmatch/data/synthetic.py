@@ -19,7 +19,7 @@ def synthetic(
     seed: int = 0,
     split: Literal["train", "test"] = "train",
 ) -> TensorDataset:
-    """Standard normal inputs with uniform labels.
+    """Draws standard normal inputs with uniform labels.
 
     Args:
         input_shape (list[int]): Of one sample.

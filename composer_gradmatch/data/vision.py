@@ -17,7 +17,7 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def image_transform(split: str, statistics: Statistics | None, augment: bool) -> Callable[[Any], Any]:
-    """From a PIL image to a float32 tensor.
+    """Turns a PIL image into a float32 tensor.
 
     Args:
         split (str): ``"train"`` or ``"test"``; checked.

@@ -31,7 +31,7 @@ _GHOST_BATCH_NORMS = _ghost_batch_norms()
 
 
 def ghost_batch_size(model: nn.Module) -> int:
-    """The fewest samples that a model's ``GhostBatchNorm`` layers take at once; 1 if it has none.
+    """Gives the fewest samples that a model's ``GhostBatchNorm`` layers take at once; 1 if it has none.
 
     Args:
         model (nn.Module): The model.
@@ -55,7 +55,7 @@ def check_step() -> None:
 
 
 def step_of(trainer: Trainer) -> Callable[..., Any]:
-    """The method of a Trainer that makes a step."""
+    """Gives the method of a Trainer that makes a step."""
     return getattr(trainer, _STEP)
 
 
@@ -72,7 +72,7 @@ def unwrap_step(trainer: Trainer) -> None:
 
 
 def generated_run_name() -> str:
-    """A name for a run that has none, the same on all ranks, as Composer would make it.
+    """Gives a name for a run that has none, the same on all ranks, as Composer would make it.
 
     Without Composer's own function, the time and eight random digits.
     """

@@ -16,7 +16,7 @@ _REMEDY = "Pass loss_fn=..., a function of (outputs, batch) that returns the los
 
 
 def is_huggingface(model: Any) -> bool:
-    """Whether a model is Composer's wrapper of a HuggingFace model."""
+    """Tells whether a model is Composer's wrapper of a HuggingFace model."""
     return isinstance(model, HuggingFaceModel)
 
 
@@ -50,7 +50,7 @@ def check_labels(model: Any, batch: Any) -> None:
 
 
 def huggingface_losses(model: Any, outputs: Any, batch: Any, reduction: str = "none") -> torch.Tensor:
-    """The losses of which a HuggingFace model's own loss is the mean over samples, positions or class weights.
+    """Computes the losses of which a HuggingFace model's own loss is the mean over samples, positions or class weights.
 
     Sequence classification, regression and multi-label classification by the config's ``problem_type`` (by the
     labels' type where it has none, as in transformers); token classification and masked language models;
@@ -119,7 +119,7 @@ def _criterion(model: Any) -> nn.CrossEntropyLoss:
 
 
 def _num_classes(model: Any) -> int:
-    """C, of a language model's head or of a classifier; 0 if it cannot be told."""
+    """Finds C, of a language model's head or of a classifier; 0 if it cannot be told."""
     head = model.model.get_output_embeddings() if hasattr(model.model, "get_output_embeddings") else None
     if isinstance(head, nn.Linear):
         return head.out_features

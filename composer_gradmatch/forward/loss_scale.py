@@ -36,7 +36,7 @@ class LossScale:
         self.other_terms: torch.Tensor | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: n/Z and whether it is constant."""
+        """Tells what a checkpoint keeps: n/Z and whether it is constant."""
         if self._usual is None or self._constant is None:
             return {}
         return {"usual": float(self._usual), "constant": bool(self._constant)}
@@ -98,7 +98,7 @@ class LossScale:
         return torch.where(self._constant | ~seen, self._usual, scaled) / n
 
     def _confirmed(self, losses: torch.Tensor, own_loss: torch.Tensor) -> torch.Tensor | None:
-        """1/Z as before, on a CPU, if the model's own loss is just that part of the sum of its samples' losses.
+        """Gives 1/Z as before, on a CPU, if the model's own loss is just that part of the sum of the samples' losses.
 
         Then it has no other terms. It saves two gradients; on a GPU it would make the host wait.
         """
@@ -115,7 +115,7 @@ class LossScale:
             self._usual, self._constant = self._usual.to(device), self._constant.to(device)
 
     def _expected(self, n: int, losses: torch.Tensor) -> torch.Tensor:
-        """1/Z where there is nothing to read it off: as before, or of the mean, the commonest reduction."""
+        """Guesses 1/Z where there is nothing to read it off: as before, or of the mean, the commonest reduction."""
         usual = torch.ones((), dtype=torch.float64, device=losses.device) if self._usual is None else self._usual
         return usual / n
 
@@ -146,7 +146,7 @@ def gradients_at(
 
 
 def is_low(values: torch.Tensor) -> bool:
-    """Whether a tensor is in half precision."""
+    """Tells whether a tensor is in half precision."""
     return values.dtype in (torch.float16, torch.bfloat16)
 
 

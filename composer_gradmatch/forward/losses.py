@@ -38,12 +38,12 @@ def _takes_reduction(model: Any) -> bool:
 
 
 def _refuses_reduction(error: TypeError) -> bool:
-    """Whether Python says of a function that it cannot be called with the argument ``reduction``."""
+    """Tells whether Python says of a function that it cannot be called with the argument ``reduction``."""
     return "reduction" in str(error)
 
 
 def takes_loss_from_logits(model: Any) -> bool:
-    """Whether a model's own loss comes reduced only, but its task says what it is made of."""
+    """Tells whether a model's own loss comes reduced only, but its task says what it is made of."""
     return is_huggingface(model) and not _takes_reduction(model)
 
 
@@ -82,7 +82,7 @@ def check_batch(model: Any, batch: Any, loss_fn: LossFn | None = None) -> None:
 def per_sample_losses(
     model: Any, outputs: Any, batch: Any, num_samples: int, loss_fn: LossFn | None = None
 ) -> torch.Tensor:
-    """The loss of each sample: from ``loss_fn``, else ``model.loss(outputs, batch, reduction='none')``.
+    """Computes the loss of each sample: from ``loss_fn``, else ``model.loss(outputs, batch, reduction='none')``.
 
     A ``HuggingFaceModel`` whose ``loss`` takes no ``reduction`` gets :func:`.huggingface_losses`.
 
@@ -203,5 +203,5 @@ def _widened(grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _norm(grads: Sequence[torch.Tensor]) -> float:
-    """The norm of all of them together."""
+    """Gives the norm of all of them together."""
     return float(torch.stack([grad.norm().double() for grad in _widened(grads)]).norm())

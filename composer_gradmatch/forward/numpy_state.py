@@ -50,7 +50,7 @@ class NumpyState:
             np.random.set_state(self.state)
 
     def is_now(self) -> bool:
-        """Whether nothing has been drawn since."""
+        """Tells whether nothing has been drawn since."""
         now = NumpyState.now()
         return now is self or all(np.array_equal(one, other) for one, other in zip(self.state, now.state, strict=True))
 
@@ -66,7 +66,7 @@ def _memory(generator: Any) -> bytes:
 
 
 def _memory_that_tells(generator: Any, state: Any) -> bytes | None:
-    """The generator's memory, if it is what the state says, and there is nothing else to draw from.
+    """Gives the generator's memory, if it is what the state says, and there is nothing else to draw from.
 
     A second normal number that is kept for the next draw lies elsewhere, and is drawn without a trace in the memory.
     """

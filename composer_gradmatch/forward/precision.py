@@ -17,7 +17,7 @@ __all__ = ["precision_context"]
 def precision_context(
     precision: Precision, device: Device, precision_config: dict[str, Any] | None = None
 ) -> Iterator[None]:
-    """Composer's context for a precision; on the CPU, where that has no mixed precision, torch's own autocast.
+    """Opens Composer's context for a precision; on the CPU, which has no mixed precision there, torch's own autocast.
 
     Args:
         precision (Precision): The precision.

@@ -12,12 +12,12 @@ __all__ = ["is_sharded", "largest_on_all_ranks", "needs_all_ranks", "sum_on_all_
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside ``DistributedDataParallel``, whose own work a selection pass does not need."""
+    """Gives the model inside ``DistributedDataParallel``, whose own work a selection pass does not need."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP has spread a model's parameters over the ranks."""
+    """Tells whether FSDP has spread a model's parameters over the ranks."""
     if not torch.distributed.is_initialized():
         return False
     return any(isinstance(module, FullyShardedDataParallel | FSDPModule) for module in model.modules())
@@ -30,14 +30,14 @@ def needs_all_ranks(model: nn.Module) -> bool:
 
 
 def largest_on_all_ranks(number: int, device: Device) -> int:
-    """The largest of the ranks' numbers."""
+    """Gives the largest of the ranks' numbers."""
     value = device.tensor_to_device(torch.tensor([number]))
     dist.all_reduce(value, reduce_operation="MAX")
     return int(value.item())
 
 
 def sum_on_all_ranks(number: int, device: Device) -> int:
-    """The sum of the ranks' numbers."""
+    """Gives the sum of the ranks' numbers."""
     value = device.tensor_to_device(torch.tensor([number]))
     dist.all_reduce(value, reduce_operation="SUM")
     return int(value.item())

@@ -124,7 +124,7 @@ def find_dependence_on_batch(losses_of: Rows, num_samples: int) -> int | None:
 
 
 def _differ(ones: torch.Tensor, others: torch.Tensor, up_to_factor: bool) -> bool:
-    """Whether rows differ, as far as they are finite; of other lengths they do."""
+    """Tells whether rows differ, as far as they are finite; of other lengths they do."""
     if ones.shape != others.shape:
         return True
     low = ones.dtype in (torch.float16, torch.bfloat16)
@@ -137,7 +137,7 @@ def _differ(ones: torch.Tensor, others: torch.Tensor, up_to_factor: bool) -> boo
 
 
 def _distances(ones: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Of each row, the distance; what is not finite in both is no difference, and rows of other lengths say nothing."""
+    """Finds each row's distance; what is not finite in both is no difference, and other lengths say nothing."""
     if len(ones) != len(others):
         raise ValueError(f"The same number of samples gave {len(ones)} rows and {len(others)}.")
     if ones.shape != others.shape:

@@ -28,7 +28,7 @@ def check_scale_factor(scale_factor: float) -> None:
 
 
 def scale_inputs(batch: Any, input_key: Any, scale_factor: float) -> Any:
-    """The batch with its inputs resized as Composer's ``SelectiveBackprop`` does; the given one is not changed.
+    """Gives the batch with its inputs resized as Composer's ``SelectiveBackprop`` does; the given one is not changed.
 
     Args:
         batch (Any): A batch.

@@ -137,7 +137,7 @@ class SelectionPass:
             )
 
     def precision(self, state: State) -> AbstractContextManager[None]:
-        """The precision of the pass."""
+        """Gives the precision of the pass."""
         if self.precision_name is None:
             return get_precision_context(state.precision, state.precision_config)
         return precision_context(self.precision_name, state.device, state.precision_config)
@@ -241,7 +241,7 @@ class SelectionPass:
             raise self._explained(error, batch) from error
 
     def losses_of(self, state: State, outputs: Any, batch: Any, num_samples: int) -> torch.Tensor:
-        """The losses of a batch's samples, shape (n,): see :func:`.per_sample_losses`.
+        """Computes the losses of a batch's samples, shape (n,): see :func:`.per_sample_losses`.
 
         Raises:
             ValueError: Also if it fails by an index that is out of range.
@@ -252,7 +252,7 @@ class SelectionPass:
             raise self._explained(error, batch) from error
 
     def _explained(self, error: IndexError, batch: Any) -> Exception:
-        """What an index that is out of range most often comes from."""
+        """Tells what an index that is out of range most often comes from."""
         targets = describe_targets(batch, self.reader.target_key)
         return ValueError(
             f"The selection pass failed: {error} The targets are {targets}. If that is a class outside [0, C), correct "

@@ -104,46 +104,46 @@ def boxed(function: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
 
 
 def uncompiled(forward: Callable[..., Any]) -> Callable[..., Any] | None:
-    """The function that ``torch.compile`` has made another of; None where it has not."""
+    """Gives the function that ``torch.compile`` has made another of; None where it has not."""
     return getattr(forward, "_torchdynamo_orig_callable", None)
 
 
 def compiled_by_inductor(forward: Callable[..., Any]) -> bool:
-    """Whether a function was compiled by Inductor, and not by another backend or not at all."""
+    """Tells whether a function was compiled by Inductor, and not by another backend or not at all."""
     compiler_config = getattr(forward, "get_compiler_config", None)
     return compiler_config is not None and compiler_config() is not None
 
 
 def is_of_compiler(module: str) -> bool:
-    """Whether a module, by its name, is a part of what ``torch.compile`` calls."""
+    """Tells whether a module, by its name, is a part of what ``torch.compile`` calls."""
     return module.startswith(("torch._dynamo", "torch._inductor"))
 
 
 def reads_environment(guards: Any) -> bool:
-    """Whether TorchDynamo's guards of a graph look at a variable of the environment."""
+    """Tells whether TorchDynamo's guards of a graph look at a variable of the environment."""
     return any("environ" in part for part in guards.code_parts)
 
 
 def is_limit_of_captures(error: BaseException) -> bool:
-    """Whether TorchDynamo says that it has captured a function too often; each version has a class of its own."""
+    """Tells whether TorchDynamo says that it has captured a function too often; each version has a class of its own."""
     return "Limit" in type(error).__name__
 
 
 def raised_by_backend(error: Exception) -> Exception:
-    """What a backend of TorchDynamo has raised, which that wraps; any other error as it is."""
+    """Tells what a backend of TorchDynamo has raised, which that wraps; any other error as it is."""
     return getattr(error, "inner_exception", error)
 
 
 def changed_a_leaf_in_place(error: BaseException) -> bool:
-    """Whether autograd says that a tensor whose gradient is asked for was changed in place."""
+    """Tells whether autograd says that a tensor whose gradient is asked for was changed in place."""
     return "used in an in-place operation" in str(error)
 
 
 def is_from_cuda(error: BaseException) -> bool:
-    """Whether an error comes from the GPU, and not from what a model was given."""
+    """Tells whether an error comes from the GPU, and not from what a model was given."""
     return "CUDA" in str(error)
 
 
 def raised_by_worker(error: BaseException) -> bool:
-    """Whether an error was raised in a data loader's worker, whose traceback is in the text."""
+    """Tells whether an error was raised in a data loader's worker, whose traceback is in the text."""
     return "Original Traceback" in str(error)

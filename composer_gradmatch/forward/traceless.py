@@ -54,7 +54,7 @@ class Generators:
 
     @classmethod
     def now(cls) -> Generators:
-        """Their states as they are."""
+        """Gives their states as they are."""
         cuda = torch.cuda.is_initialized() and torch.cuda.is_available()
         device = torch.cuda.current_device() if cuda else 0
         return cls(
@@ -74,7 +74,7 @@ class Generators:
             torch.cuda.set_rng_state(self.cuda, self.device)
 
     def is_now(self) -> bool:
-        """Whether nothing has been drawn since."""
+        """Tells whether nothing has been drawn since."""
         now = Generators.now()
         return (
             self.python == now.python
@@ -93,11 +93,11 @@ class Moment:
 
     @classmethod
     def now(cls, model: nn.Module) -> Moment:
-        """As they are."""
+        """Takes them as they are."""
         return cls(ModelTraces(model), Generators.now())
 
     def is_now(self) -> bool:
-        """Whether nothing has changed since."""
+        """Tells whether nothing has changed since."""
         return self.generators.is_now() and not self.traces.changed()
 
     def restore(self) -> None:

@@ -77,7 +77,7 @@ class ModelTraces:
         ]
 
     def changed(self) -> bool:
-        """Whether a buffer or an attribute has changed since, or is another one."""
+        """Tells whether a buffer or an attribute has changed since, or is another one."""
         same = (
             all(held.get(name) is value and _equal(value, content) for held, name, value, content in self._buffers)
             and all(_equal(value, content) for value, content in self._tensors)
@@ -128,7 +128,7 @@ class ModelTraces:
 
 
 def _modules_of(model: nn.Module) -> list[nn.Module]:
-    """What ``model.modules()`` goes over, without the names that it makes on its way."""
+    """Tells what ``model.modules()`` goes over, without the names that it makes on its way."""
     found, seen = [model], {model}
     for module in found:
         for child in module._modules.values():

@@ -88,7 +88,7 @@ class CheckedTap(OutputLayerTap):
             )
 
     def inputs_and_grads(self, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """H and P: see :meth:`.OutputLayerTap.inputs_and_grads`.
+        """Computes H and P: see :meth:`.OutputLayerTap.inputs_and_grads`.
 
         Raises:
             ValueError: Also if the layer was found, and the losses go through other parameters first.

@@ -68,7 +68,7 @@ class LayerGradients:
 
 
 def _is_whole(layer: nn.Linear) -> bool:
-    """Whether this process holds all of the layer's weight, which FSDP spreads over the ranks."""
+    """Tells whether this process holds all of the layer's weight, which FSDP spreads over the ranks."""
     return not isinstance(layer.weight, DTensor) and layer.weight.shape == (layer.out_features, layer.in_features)
 
 
@@ -92,7 +92,7 @@ def all_grads(parts: Sequence[LayerGradients], layer: nn.Linear) -> torch.Tensor
 
 
 def _columns(parts: Sequence[LayerGradients], layer: nn.Linear) -> Callable[[int, int], torch.Tensor]:
-    """A function that gives some columns of P."""
+    """Gives a function that gives some columns of P."""
     weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
 
     def columns(start: int, stop: int) -> torch.Tensor:
@@ -108,7 +108,7 @@ def _columns(parts: Sequence[LayerGradients], layer: nn.Linear) -> Callable[[int
 
 
 def gram_of_all(parts: Sequence[LayerGradients], layer: nn.Linear) -> torch.Tensor:
-    """K of all parts' samples, shape (M, M), float64, on the layer's device.
+    """Computes K of all parts' samples, shape (M, M), float64, on the layer's device.
 
     Args:
         parts (Sequence[LayerGradients]): In the order of the samples.

@@ -113,7 +113,7 @@ def _in_whole(parameter: torch.Tensor, needed: bool) -> torch.Tensor:
 
 
 def _is_there(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's numbers are in this process's memory: FSDP frees those that it has gathered."""
+    """Tells whether a tensor's numbers are in this process's memory: FSDP frees those that it has gathered."""
     if isinstance(tensor, DTensor) or tensor.is_meta:
         return False
     return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
@@ -130,7 +130,7 @@ def _tolerance(*tensors: torch.Tensor) -> float:
 def _agree(
     inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor, tolerance: float
 ) -> bool:
-    """Whether output = input @ weight.T + bias in each of some rows and columns, as far as both are finite."""
+    """Tells whether output = input @ weight.T + bias in each of some rows and columns, as far as both are finite."""
     inputs, output = inputs.reshape(-1, inputs.shape[-1]), output.reshape(-1, output.shape[-1])
     if output.shape != (len(inputs), len(weight)):
         return False

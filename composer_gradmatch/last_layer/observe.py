@@ -87,7 +87,7 @@ def _is_made_from(returned: list[torch.Tensor], layer: nn.Linear, nodes: list[tu
 
 
 def _applied_without_linear(model: nn.Module, returned: list[torch.Tensor], linears: set[Any]) -> str | None:
-    """What to say of the parameter that tensors were made with last; None if an ``nn.Linear`` has it."""
+    """Tells what to say of the parameter that tensors were made with last; None if an ``nn.Linear`` has it."""
     behind = [parameter for tensor in returned for parameter in graph_parameters(tensor, linears)]
     # Rather the matrix of a head than the scale of a norm before it, which is as near.
     last = next((parameter for parameter in behind if parameter.dim() > 1), behind[0] if behind else None)

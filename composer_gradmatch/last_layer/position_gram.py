@@ -40,7 +40,7 @@ class SoftmaxGrads:
 
     @classmethod
     def recognise(cls, logits: torch.Tensor, grads: torch.Tensor) -> SoftmaxGrads | None:
-        """What P (N×C) is made of if it comes from a softmax cross-entropy of the logits z (N×C), else None."""
+        """Tells what P (N×C) is made of if it comes from a softmax cross-entropy of the logits z (N×C), else None."""
         wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
         tolerance = 1e-4 if grads.dtype in (torch.float32, torch.float64) else 2e-2
         parts = []
@@ -84,7 +84,7 @@ def position_gram(
     num_outputs: int,
     bias: bool = True,
 ) -> torch.Tensor:
-    """K, by whichever of two forms takes fewer multiply-adds, in blocks of at most :data:`BLOCK_BYTES`.
+    """Computes K, by whichever of two forms takes fewer multiply-adds, in blocks of at most :data:`BLOCK_BYTES`.
 
     The form over pairs of positions takes N²(C + D)/2, the explicit one, over a few outputs at a time, takes
     NCD + M²CD. Neither ever holds the M×C×D gradients. Positions without a gradient are not to be given: what
@@ -139,7 +139,7 @@ def _explicit(
     num_outputs: int,
     bias: bool,
 ) -> torch.Tensor:
-    """The gradients of a few outputs at a time: K is the sum of their Gram matrices."""
+    """Gives the gradients of a few outputs at a time: K is the sum of their Gram matrices."""
     num_samples, (positions, size) = len(counts), inputs.shape
     ends = counts.cumsum(0).tolist()
     gram = inputs.new_zeros(num_samples, num_samples, dtype=torch.float64)

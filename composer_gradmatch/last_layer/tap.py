@@ -122,7 +122,7 @@ class OutputLayerTap:
                 handle.remove()
 
     def inputs_and_grads(self, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """H and P for the samples' losses, shape (M,): (M, D) and (M, C), or (M, T, D) and (M, T, C).
+        """Computes H and P for the samples' losses, shape (M,): (M, D) and (M, C), or (M, T, D) and (M, T, C).
 
         Where the layer runs with positions first, the samples' dimension is moved to the front.
 

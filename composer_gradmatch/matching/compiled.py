@@ -40,7 +40,7 @@ _REORDER = {"reassoc", "contract", "nsz"}
 
 @_jit(fastmath=_REORDER)
 def _products(rows: np.ndarray, live: int, vector: np.ndarray, out: np.ndarray) -> None:
-    """out[x] = rows[x, :n] · vector for the first ``live`` rows, four at a time."""
+    """Computes out[x] = rows[x, :n] · vector for the first ``live`` rows, four at a time."""
     n = len(vector)
     x = 0
     while x + 4 <= live:
@@ -73,7 +73,7 @@ def _largest(values: np.ndarray) -> float:
 
 @_jit()
 def _floor(diagonal: np.ndarray, target: np.ndarray, faint: float) -> np.ndarray:
-    """What :meth:`.Problem.floor` says."""
+    """Tells what :meth:`.Problem.floor` says."""
     norm = np.sqrt(np.maximum(diagonal, 0.0))
     longest = strongest = 0.0
     for x in range(len(norm)):
@@ -171,7 +171,7 @@ def _omp(
 
 
 def solve_compiled(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
-    """Algorithm 2, picking by the largest signed α; compiled at its first call, for each dtype and layout of K.
+    """Runs Algorithm 2, picking by the largest signed α; compiled at its first call for each dtype and layout of K.
 
     Where numba fails, most likely over its cache on disk, warns of it once and goes on in numpy.
 

@@ -134,7 +134,7 @@ def _is_floating(array: np.ndarray | torch.Tensor) -> bool:
 
 
 def _precision(*arrays: np.ndarray | torch.Tensor) -> Precision:
-    """How exact arrays are by their dtypes; integers are."""
+    """Tells how exact arrays are by their dtypes; integers are."""
     return Precision.of(
         *(
             torch.finfo(array.dtype) if isinstance(array, torch.Tensor) else np.finfo(array.dtype)

@@ -11,7 +11,7 @@ __all__ = ["solve_nonnegative"]
 
 
 def solve_nonnegative(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
-    """OMP whose weights solve the non-negative least squares on the picked samples, step by step.
+    """Runs OMP whose weights solve the non-negative least squares on the picked samples, step by step.
 
     A sample whose weight becomes zero is not a pick any more, and may be picked again. Nguyen, Soussen, Idier and
     Djermoune, "Non-negative orthogonal greedy algorithms", 2019; the non-negative least squares by the active sets

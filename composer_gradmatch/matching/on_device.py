@@ -16,7 +16,7 @@ _LARGEST = 1024
 def fixed_omp(
     gram: torch.Tensor, target: torch.Tensor, k: int, ridge: float = 0.0, precision: Precision = EXACT
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Algorithm 2 with exactly ``k`` picks, some of weight zero where :func:`.solve_omp` would stop early.
+    """Runs Algorithm 2 with exactly ``k`` picks, some of weight zero where :func:`.solve_omp` would stop early.
 
     On a GPU one kernel for M ≤ 1024, if Triton is installed and K is exact; otherwise a fixed sequence of operations
     on fixed shapes, which a CUDA graph can hold.
@@ -47,7 +47,7 @@ def fixed_omp(
 def _loop(
     gram: torch.Tensor, target: torch.Tensor, k: int, ridge: float, precision: Precision = EXACT
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The partial Cholesky form of :class:`.Pursuit`, with a flag for whether it is still going on."""
+    """Gives the partial Cholesky form of :class:`.Pursuit`, with a flag for whether it is still going on."""
     m, faint = len(target), dependence(gram.dtype)
     dependent, tiny = max(faint, precision.dependent), 4 * precision.tiny
     penalty = ridge * gram.diagonal().mean()

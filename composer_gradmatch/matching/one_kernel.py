@@ -113,7 +113,7 @@ def _omp_kernel(
 def omp_in_one_kernel(
     gram: torch.Tensor, target: torch.Tensor, k: int, ridge: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`.fixed_omp` as a single launch.
+    """Runs :func:`.fixed_omp` as a single launch.
 
     Args:
         gram (torch.Tensor): K, shape (M, M), float64 or float32.

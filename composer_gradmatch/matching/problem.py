@@ -16,7 +16,7 @@ DEPENDENT = 1e-10
 
 
 def dependence(dtype: torch.dtype) -> float:
-    """:data:`DEPENDENT` for arithmetic in this dtype: at least what rounding leaves of a dependent sample.
+    """Finds :data:`DEPENDENT` for arithmetic in this dtype: at least what rounding leaves of a dependent sample.
 
     Args:
         dtype (torch.dtype): float64 or float32.
@@ -69,7 +69,7 @@ EXACT = Precision(float(np.finfo(np.float64).eps))
 
 
 def cancels(gram: np.ndarray | torch.Tensor, target: np.ndarray | torch.Tensor, precision: Precision) -> bool:
-    """Whether t is but the rounding error of row means of K that cancel.
+    """Tells whether t is but the rounding error of row means of K that cancel.
 
     Float64 needs no such look: its rounding is that of the α themselves, which :meth:`Problem.floor` has.
 
@@ -110,15 +110,15 @@ class Problem:
     precision: Precision = EXACT
 
     def diagonal(self) -> np.ndarray:
-        """The diagonal of K', shape (M,), float64."""
+        """Gives the diagonal of K', shape (M,), float64."""
         return np.diagonal(self.gram).astype(np.float64) + self.ridge
 
     def least_pivots(self) -> np.ndarray:
-        """What must be left of each sample's squared norm, at the least, if it is not dependent, shape (M,)."""
+        """Tells what must be left of each sample's squared norm, at the least, if it is not dependent, shape (M,)."""
         return self.precision.dependent * self.diagonal() + 4 * self.precision.tiny
 
     def floor(self) -> np.ndarray:
-        """The α of each sample, shape (M,), below which it has nothing to gain."""
+        """Gives the α of each sample, shape (M,), below which it has nothing to gain."""
         norm = np.sqrt(np.clip(self.diagonal(), 0.0, None))
         # The best correlation with a single sample bounds ‖ḡ‖ from below and so sets the scale of all α.
         correlation = np.divide(self.target, norm, out=np.zeros(len(norm)), where=norm > 0)

@@ -60,7 +60,7 @@ class Pursuit:
         return len(self.picks) >= self.problem.k or self.explained >= self.problem.enough
 
     def best(self, among: list[int] | None = None) -> int | None:
-        """The sample, not picked yet, of the largest α that is worth picking; None if there is none."""
+        """Gives the sample, not picked yet, of the largest α that is worth picking; None if there is none."""
         allowed = self._open & (self.alpha > self.floor)
         if among is not None:
             some = np.zeros(len(allowed), dtype=bool)
@@ -127,7 +127,7 @@ class Pursuit:
         return True
 
     def gain(self) -> tuple[float, float]:
-        """By how much γ lowers the error from ‖ḡ‖², evaluated for near-dependent picks, and what of it is rounding."""
+        """Tells how much γ lowers the error from ‖ḡ‖², also for near-dependent picks, and what of it is rounding."""
         weights, picks = self.weights(), self.picks
         square = self.problem.gram[np.ix_(picks, picks)].astype(np.float64)
         square[np.diag_indices_from(square)] += self.problem.ridge
@@ -136,7 +136,7 @@ class Pursuit:
         return float(gain), float(16 * self.problem.precision.eps * magnitude)
 
     def weights(self) -> np.ndarray:
-        """γ = K'[I, I]⁻¹t[I], shape (n,)."""
+        """Solves γ = K'[I, I]⁻¹t[I], shape (n,)."""
         right = torch.from_numpy(self._z[: len(self.picks), None])
         return torch.linalg.solve_triangular(torch.from_numpy(self.factor), right, upper=True)[:, 0].numpy()
 
@@ -152,7 +152,7 @@ def pursue(problem: Problem) -> Pursuit:
 
 
 def solve_omp(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
-    """Algorithm 2, picking by the largest signed α.
+    """Runs Algorithm 2, picking by the largest signed α.
 
     Args:
         problem (Problem): K, t and when to stop.

@@ -13,7 +13,7 @@ __all__ = ["solve_sklearn"]
 
 
 def solve_sklearn(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
-    """:func:`sklearn.linear_model.orthogonal_mp_gram`, which picks the α of largest magnitude.
+    """Runs :func:`sklearn.linear_model.orthogonal_mp_gram`, which picks the α of largest magnitude.
 
     Args:
         problem (Problem): K, t and when to stop.
@@ -52,13 +52,13 @@ def solve_sklearn(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _in_order(path: np.ndarray) -> np.ndarray:
-    """The samples with a weight in a path of solutions, in the order of their first one."""
+    """Gives the samples with a weight in a path of solutions, in the order of their first one."""
     first_step = np.where(path.any(axis=1), (path != 0).argmax(axis=1), path.shape[1])
     return np.argsort(first_step, kind="stable")[: int(path.any(axis=1).sum())].astype(np.int64)
 
 
 def _independent(problem: Problem, picks: np.ndarray) -> int:
-    """The number of picks up to the first that depends on those before it by what K's own rounding can tell."""
+    """Gives the number of picks up to the first that depends on those before it by what K's own rounding can tell."""
     pursuit = Pursuit(problem)
     for pick in picks.tolist():
         if not pursuit.add(pick):

@@ -12,7 +12,7 @@ __all__ = ["solve_swap"]
 
 
 def solve_swap(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
-    """OMP, then the exchange of one pick that lowers the error most, again and again until none does.
+    """Runs OMP, then makes the exchange of one pick that lowers the error most, again and again until none does.
 
     A sample comes in only with a positive weight, as in OMP. There are at most k exchanges, each of which takes about
     M·k² multiply-adds: a few milliseconds in all at M = 128, seconds at M = 1024.
@@ -42,7 +42,7 @@ def solve_swap(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _best_exchange(pursuit: Pursuit) -> tuple[int, int] | None:
-    """The position of the pick to give up and the sample to take for it, or None if no exchange lowers the error.
+    """Gives the position of the pick to give up and the sample to take for it, or None if no exchange lowers the error.
 
     With B = K'[I, I]⁻¹, the part of pick p that the others do not explain is the unit vector
     e_p = Σᵢ gᵢBᵢₚ/√Bₚₚ. Without p the error is larger by γₚ²/Bₚₚ; a sample i then lowers it by α'²/d', with

@@ -33,7 +33,7 @@ class Match:
     found: torch.Tensor | None = None
 
     def metrics(self, num_samples: int) -> dict[str, torch.Tensor]:
-        """What to log of the match: scalars on the device of the weights.
+        """Tells what to log of the match: scalars on the device of the weights.
 
         Args:
             num_samples (int): M.

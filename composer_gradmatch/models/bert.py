@@ -12,7 +12,7 @@ __all__ = ["bert"]
 
 
 def bert(pretrained: str, num_labels: int = 2, from_scratch: bool = False) -> HuggingFaceModel:
-    """A HuggingFace model for sequence classification, with its tokenizer and the checkpoint's own dropout.
+    """Gives a HuggingFace model for sequence classification, with its tokenizer and the checkpoint's own dropout.
 
     An output layer that the checkpoint lacks is drawn at random.
 

@@ -9,7 +9,7 @@ __all__ = ["digits_cnn"]
 
 
 def digits_cnn(num_classes: int = 10, width: int = 32) -> ComposerClassifier:
-    """Three convolutions with BatchNorm, global average pooling and a linear output layer.
+    """Builds three convolutions with BatchNorm, global average pooling and a linear output layer.
 
     Args:
         num_classes (int, optional): Outputs. Default: ``10``.

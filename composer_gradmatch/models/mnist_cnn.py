@@ -9,7 +9,7 @@ __all__ = ["mnist_cnn"]
 
 
 def mnist_cnn(num_classes: int = 10, width: int = 16) -> ComposerClassifier:
-    """Two convolutions with BatchNorm and max-pooling, and a linear output layer on all their features.
+    """Builds two convolutions with BatchNorm and max-pooling, and a linear output layer on all their features.
 
     Args:
         num_classes (int, optional): Outputs. Default: ``10``.

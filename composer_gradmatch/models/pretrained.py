@@ -46,7 +46,7 @@ def locate(name: str) -> str:
 
 
 def load_pretrained(kind: Any, name: str, **options: Any) -> Any:
-    """``kind.from_pretrained`` with an error that says what a checkpoint may be.
+    """Calls ``kind.from_pretrained``, with an error that says what a checkpoint may be.
 
     Args:
         kind (Any): One of HuggingFace's ``Auto`` classes.
@@ -71,7 +71,7 @@ def load_pretrained(kind: Any, name: str, **options: Any) -> Any:
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a checkpoint.
+    """Gives the tokenizer of a checkpoint.
 
     Args:
         name (str): As for :func:`load_pretrained`.

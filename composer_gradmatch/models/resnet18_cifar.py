@@ -13,7 +13,7 @@ __all__ = ["resnet18_cifar"]
 
 
 def resnet18_cifar(num_classes: int = 10, norm: Literal["batch", "group"] = "batch") -> ComposerClassifier:
-    """Torchvision's ResNet-18 with the stem usual for CIFAR: a 3×3 convolution of stride 1 and no pooling.
+    """Builds torchvision's ResNet-18 with the stem usual for CIFAR: a 3×3 convolution of stride 1 and no pooling.
 
     11.17 M parameters with ten classes.
 

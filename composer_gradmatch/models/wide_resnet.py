@@ -8,7 +8,7 @@ __all__ = ["wide_resnet"]
 
 
 def wide_resnet(depth: int, width: int, num_classes: int = 10) -> ComposerClassifier:
-    """Pytorchcv's WRN-depth-width (Zagoruyko and Komodakis, 2016), without dropout.
+    """Builds pytorchcv's WRN-depth-width (Zagoruyko and Komodakis, 2016), without dropout.
 
     With ten classes WRN-16-4 has 2.75 M parameters and WRN-28-2 has 1.47 M.
 

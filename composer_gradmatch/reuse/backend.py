@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from composer_gradmatch.forward.torch_private import HigherOrderOperator, aot_autograd, boxed, default_partition
 from composer_gradmatch.reuse.graphs import Graphs
-from composer_gradmatch.reuse.sliced_backward import Run
+from composer_gradmatch.reuse.sliced_backward import SavedPass
 from composer_gradmatch.reuse.unsupported import UnsupportedError
 
 __all__ = ["Recording", "run_recorded"]
@@ -24,7 +24,7 @@ class Recording:
 
     compiled: bool
     num_samples: int = 0
-    run: Run | None = None
+    run: SavedPass | None = None
     results: Sequence[Any] = ()
     arguments: Sequence[Any] = ()
     #: The ids of the batch's tensors.
@@ -32,7 +32,7 @@ class Recording:
 
 
 def run_recorded(recording: Recording, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """Dynamo's backend: partitions the graph, and runs its forward part under record."""
+    """Serves as Dynamo's backend: partitions the graph, and runs its forward part under record."""
     for node in graph.graph.nodes:
         if isinstance(node.target, HigherOrderOperator):
             raise UnsupportedError(
@@ -55,7 +55,7 @@ def run_recorded(recording: Recording, graph: fx.GraphModule, example_inputs: Se
             if not graphs:
                 return module(*args)
             outputs = graphs[-1].run_forward(*args)
-            recording.run = Run(graphs[-1], list(args), list(outputs))
+            recording.run = SavedPass(graphs[-1], list(args), list(outputs))
             args.clear()
             return outputs
 
@@ -103,7 +103,7 @@ def _without_a_trace(compiled: Callable[..., Any], args: Sequence[Any], leaves: 
 
 @torch.no_grad()
 def _is_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors are the same, where what is not a number equals itself."""
+    """Tells whether two tensors are the same, where what is not a number equals itself."""
     if one.is_floating_point() or one.is_complex():
         same = (one == other) | (one.isnan() & other.isnan())
         return bool(same.all())
@@ -111,7 +111,7 @@ def _is_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _batch_symbol(graph: fx.GraphModule, num_samples: int) -> sympy.Symbol:
-    """The symbol of the number of samples, the only size that varies and is ``num_samples``."""
+    """Gives the symbol of the number of samples, the only size that varies and is ``num_samples``."""
     values = [node.meta.get("example_value") for node in graph.graph.nodes if node.op == "placeholder"]
     found = {value.node.expr for value in values if isinstance(value, torch.SymInt) and value.node.hint == num_samples}
     if len(found) != 1 or not isinstance(symbol := found.pop(), sympy.Symbol):

@@ -30,7 +30,7 @@ from composer_gradmatch.forward.torch_private import (
 from composer_gradmatch.reuse.backend import Recording, run_recorded
 from composer_gradmatch.reuse.outside import NumbersOutside
 from composer_gradmatch.reuse.quietly import quietly
-from composer_gradmatch.reuse.sliced_backward import Run
+from composer_gradmatch.reuse.sliced_backward import SavedPass
 from composer_gradmatch.reuse.unsupported import UndecidedError, UnsupportedError, first_line
 
 __all__ = ["CapturedForward", "Pass"]
@@ -47,7 +47,7 @@ class Pass:
     Attributes:
         outputs (Any): What the model returned, its tensors without a graph.
         inputs (torch.Tensor, optional): The inputs of the watched layer, H, without a graph.
-        run (Run): The saved tensors, and the backward pass of them.
+        run (SavedPass): The saved tensors, and the backward pass of them.
         read (list[bool]): Which of the batch's tensors the forward pass has read.
         holds (Callable): Whether it would be captured as the same graph now: whether what Python values, modules and
             hooks the model's forward reads are as they were.
@@ -55,14 +55,14 @@ class Pass:
 
     outputs: Any
     inputs: torch.Tensor | None
-    run: Run
+    run: SavedPass
     read: list[bool]
     holds: Callable[[], bool]
 
     def rows(self, rows: torch.Tensor, picks: Sequence[int] = ()) -> Any:
-        """What the model returned, for the samples ``rows``, with the sliced backward pass as its graph.
+        """Tells what the model returned, for the samples ``rows``, with the sliced backward pass as its graph.
 
-        For ``picks`` see :meth:`.Run.take`.
+        For ``picks`` see :meth:`.SavedPass.take`.
         """
         leaves, structure = tree_flatten(self.outputs)
         # A tensor that is returned several times is one, and its gradients are added.
@@ -212,7 +212,7 @@ class CapturedForward:
             recording.run, recording.results, recording.arguments = None, (), ()
 
     def _guards(self, outside: int) -> Any:
-        """Dynamo's guards of the graph that has just run: the entry used last comes first."""
+        """Finds Dynamo's guards of the graph that has just run: the entry used last comes first."""
         guards = cache_entries(self._code)[0].guard_manager
         if guards is not self._last_guards:
             self._last_guards = guards
@@ -235,7 +235,7 @@ class CapturedForward:
             return guards.check({**values, "outside": outside, "forward": self._forward, "seen": self._seen})
 
     def _varying_sizes(self, leaves: list[torch.Tensor]) -> list[tuple[torch.Tensor, int]]:
-        """The sizes, but the number of samples, that differ from those of an earlier batch."""
+        """Gives the sizes, but the number of samples, that differ from those of an earlier batch."""
         shapes = [leaf.shape for leaf in leaves]
         for i, (old, new) in enumerate(zip(self._shapes, shapes, strict=False)):
             self._varied.update((i, dim) for dim in range(1, min(len(old), len(new))) if old[dim] != new[dim])
@@ -288,7 +288,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def _containers(batch: Any) -> list[Any]:
-    """The keys of a batch's containers, and which items they hold."""
+    """Gives the keys of a batch's containers, and which items they hold."""
     if isinstance(batch, Mapping):
         return [(key, id(item), _containers(item)) for key, item in batch.items()]
     return [(id(item), _containers(item)) for item in batch] if isinstance(batch, list | tuple) else []

@@ -150,13 +150,13 @@ class Graphs:
         self.verified_at = max(FIRST_REVERIFICATION, 10 * self.verified_at)
 
     def compile_failures(self) -> list[str]:
-        """Why graphs that were to be compiled run uncompiled, as far as they have run."""
+        """Tells why graphs that were to be compiled run uncompiled, as far as they have run."""
         return [graph.failure for graph in self._compiled if graph.failure is not None]
 
     def other_sizes(self, args: Sequence[Any]) -> Sizes:
-        """The sizes that vary, beside the number of samples, in what the forward graph was called with."""
+        """Gives the sizes that vary, beside the number of samples, in what the forward graph was called with."""
         return tuple((symbol, int(args[i])) for symbol, i in self._others.items())
 
     def saved_sizes(self, num_samples: int, others: Sizes) -> list[int]:
-        """The saved sizes, for a number of samples."""
+        """Gives the saved sizes, for a number of samples."""
         return [at(node.meta["val"].node.expr, ((self.batch, num_samples), *others)) for node in self.sizes]

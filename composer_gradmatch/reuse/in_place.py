@@ -27,7 +27,7 @@ _FRESH = {
 
 
 def compute_in_place(forward: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a functional graph in which ReLUs and sums overwrite what nothing else reads.
+    """Gives a copy of a functional graph in which ReLUs and sums overwrite what nothing else reads.
 
     Args:
         forward (fx.GraphModule): The graph, with ``val`` in each node's meta.
@@ -46,7 +46,7 @@ def compute_in_place(forward: fx.GraphModule) -> fx.GraphModule:
 
 
 def _overwritten(node: fx.Node) -> fx.Node | None:
-    """The argument whose place a node's result may take."""
+    """Gives the argument whose place a node's result may take."""
     if operator_name(node) not in ("aten::relu", "aten::add.Tensor") or node.kwargs:
         return None
     value: torch.Tensor = node.meta["val"]

@@ -39,7 +39,7 @@ class InductorGraph:
 
     @torch.no_grad()
     def __call__(self, *args: Any) -> Any:
-        """What the graph returns for the arguments."""
+        """Tells what the graph returns for the arguments."""
         if self.failure is not None:
             return self._module(*args)
         # Without the marks of sizes that vary, which are for the capture.

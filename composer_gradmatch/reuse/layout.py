@@ -41,7 +41,7 @@ class Layout:
     counted: bool = False
 
     def take(self, tensor: torch.Tensor, rows: torch.Tensor, sizes: Sizes = ()) -> torch.Tensor:
-        """The samples ``rows``, int64, shape (m,), in a tensor of the same layout, at the other ``sizes``."""
+        """Gives the samples ``rows``, int64, shape (m,), in a tensor of the same layout, at the other ``sizes``."""
         if self.counted:
             rows = torch.arange(len(rows), device=rows.device)
         outer, inner = at(self.outer, sizes), at(self.inner, sizes)
@@ -51,7 +51,7 @@ class Layout:
         return split.index_select(self.dim + 1, rows).flatten(self.dim, self.dim + 2)
 
     def join(self, tensors: Sequence[torch.Tensor], sizes: Sizes = ()) -> torch.Tensor:
-        """The samples of several tensors of the same layout, one tensor's after the other's."""
+        """Gives the samples of several tensors of the same layout, one tensor's after the other's."""
         outer, inner = at(self.outer, sizes), at(self.inner, sizes)
         split = [tensor.unflatten(self.dim, (outer, -1, inner)) for tensor in tensors]
         return torch.cat(split, self.dim + 1).flatten(self.dim, self.dim + 2)
@@ -59,7 +59,7 @@ class Layout:
 
 @lru_cache(maxsize=4096)
 def at(expression: sympy.Expr, sizes: Sizes) -> int:
-    """The value of a size.
+    """Gives the value of a size.
 
     Raises:
         UnsupportedError: If it depends on more than ``sizes``.
@@ -71,7 +71,7 @@ def at(expression: sympy.Expr, sizes: Sizes) -> int:
 
 
 def possible_layouts(value: torch.Tensor, batch: sympy.Symbol, counted: bool = False) -> list[Layout]:
-    """The layouts that a symbolic shape admits; none where it does not depend on the number of samples."""
+    """Gives the layouts that a symbolic shape admits; none where it does not depend on the number of samples."""
     found = []
     for dim, size in enumerate(value.shape):
         expression = size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
@@ -87,7 +87,7 @@ def possible_layouts(value: torch.Tensor, batch: sympy.Symbol, counted: bool = F
 
 
 def _divisors(size: Any) -> list[Any]:
-    """The products of a size's factors."""
+    """Gives the products of a size's factors."""
     number, rest = size.as_coeff_Mul()
     numbers = [[sympy.Integer(divisor) for divisor in sympy.divisors(int(number))]]
     powers = [[base**i for i in range(int(power) + 1)] for base, power in rest.as_powers_dict().items() if base != 1]

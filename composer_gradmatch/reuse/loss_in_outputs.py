@@ -51,7 +51,7 @@ class LossInOutputs:
             self.is_put_in = isinstance(first, torch.Tensor) and not first.dim()
 
     def without_labels(self, batch: Any) -> Any:
-        """A batch of which the model computes no loss; the same one where it computes none in any case."""
+        """Gives a batch of which the model computes no loss; the same one where it computes none in any case."""
         if not self.is_put_in:
             return batch
         batch = copy_structure(batch)
@@ -59,7 +59,7 @@ class LossInOutputs:
         return batch
 
     def complete(self, outputs: Any, batch: Any) -> Any:
-        """The outputs with the loss that the model would have put in.
+        """Gives the outputs with the loss that the model would have put in.
 
         Args:
             outputs (Any): What the model returned without labels.

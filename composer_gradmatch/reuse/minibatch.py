@@ -29,5 +29,5 @@ class Minibatch:
         self._loss, self._lists = loss, lists_of_samples(batch, num_samples)
 
     def inputs(self, batch: Any) -> Any:
-        """What of a batch, of all samples or of some, the captured forward pass is called with."""
+        """Tells what of a batch, of all samples or of some, the captured forward pass is called with."""
         return self._loss.without_labels(without_lists(batch, self._lists))

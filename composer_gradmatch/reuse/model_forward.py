@@ -35,7 +35,7 @@ class ModelForward:
         return self._uncompiled or self.model.forward
 
     def own(self, batch: Any) -> Any:
-        """What the model returns, uncompiled: Inductor draws other random numbers."""
+        """Tells what the model returns, uncompiled: Inductor draws other random numbers."""
         if self._uncompiled is not None:
             return self._uncompiled(batch)
         return self.model(batch) if self.replaced is None else self.replaced(batch)

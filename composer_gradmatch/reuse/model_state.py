@@ -41,7 +41,7 @@ class ModelState:
         self._numbers = self._read()
 
     def renew(self) -> ModelState:
-        """The state now, which costs less where modules and tensors are those of this one."""
+        """Gives the state now, which costs less where modules and tensors are those of this one."""
         modules, tensors, flags, hooks = _parts(self._model)
         if not (_same(modules, self._modules) and _same(tensors, self._tensors)):
             return ModelState(self._model)
@@ -52,7 +52,7 @@ class ModelState:
         return self
 
     def change(self) -> str | None:
-        """What has changed since, in words; None for nothing."""
+        """Tells what has changed since, in words; None for nothing."""
         modules, tensors, flags, hooks = _parts(self._model)
         if not _same(modules, self._modules):
             return "a module was replaced"
@@ -67,7 +67,7 @@ class ModelState:
         return None
 
     def as_they_were(self) -> set[int]:
-        """The ids of the parameters and buffers that are the model's still and show no change."""
+        """Gives the ids of the parameters and buffers that are the model's still and show no change."""
         now, then = self._read(), self._numbers
         other = {id(self._probed[i]) for i in range(len(self._probed)) if now[8 * i :][:8] != then[8 * i :][:8]}
         marks = zip(self._tensors, self._marks_of(self._tensors), self._marks, strict=True)
@@ -86,7 +86,7 @@ class ModelState:
 
 
 def _parts(model: nn.Module) -> tuple[list[nn.Module], list[torch.Tensor], list[bool], list[int]]:
-    """The modules, their parameters and buffers, their training flags, and the ids of hooks.
+    """Gives the modules, their parameters and buffers, their training flags, and the ids of hooks.
 
     Hooks are those of submodules, which only a forward pass of the model's own calls.
     """

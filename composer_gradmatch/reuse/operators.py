@@ -25,18 +25,18 @@ __all__ = [
 
 
 def _operator(node: fx.Node) -> Any:
-    """The operator that a node calls; None where it calls none."""
+    """Gives the operator that a node calls; None where it calls none."""
     return node.target if isinstance(node.target, OpOverload) else None
 
 
 def operator_name(node: fx.Node) -> str:
-    """The full name of the operator that a node calls; empty where it calls none."""
+    """Gives the full name of the operator that a node calls; empty where it calls none."""
     called = _operator(node)
     return "" if called is None else called.name()
 
 
 def argument_of(node: fx.Node, name: str) -> Any:
-    """What an operator is called with, or its default; None where it takes nothing of that name."""
+    """Tells what an operator is called with, or its default; None where it takes nothing of that name."""
     for i, argument in enumerate(_operator(node)._schema.arguments):
         if argument.name == name:
             return node.args[i] if i < len(node.args) else node.kwargs.get(name, argument.default_value)
@@ -44,7 +44,7 @@ def argument_of(node: fx.Node, name: str) -> Any:
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether a node draws random numbers; attention without dropout, tagged so, does not."""
+    """Tells whether a node draws random numbers; attention without dropout, tagged so, does not."""
     called = _operator(node)
     if called is None or torch.Tag.nondeterministic_seeded not in called.tags:
         return False
@@ -52,13 +52,13 @@ def is_random(node: fx.Node) -> bool:
 
 
 def changes_something(node: fx.Node) -> bool:
-    """Whether calling a node may do more than return a result."""
+    """Tells whether calling a node may do more than return a result."""
     called = _operator(node)
     return node.target is not operator.getitem if called is None else called._schema.is_mutable
 
 
 def normalises_by_batch(node: fx.Node, batch: sympy.Symbol) -> bool:
-    """Whether a node is batch normalisation in training; that of instances has statistics of each sample."""
+    """Tells whether a node is batch normalisation in training; that of instances has statistics of each sample."""
     name = operator_name(node)
     if "batch_norm" not in name or any(evaluation in name for evaluation in ("no_training", "no_update")):
         return False
@@ -66,7 +66,7 @@ def normalises_by_batch(node: fx.Node, batch: sympy.Symbol) -> bool:
 
 
 def depend_on(nodes: Iterable[fx.Node], sources: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes, of a graph in its order, that depend on any source."""
+    """Gives the nodes, of a graph in its order, that depend on any source."""
     found = set(sources)
     for node in nodes:
         if any(argument in found for argument in node.all_input_nodes):
@@ -75,7 +75,7 @@ def depend_on(nodes: Iterable[fx.Node], sources: Iterable[fx.Node]) -> set[fx.No
 
 
 def needed_by(nodes: Iterable[fx.Node], ends: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes, of a graph in its order, that any end depends on, and the ends."""
+    """Gives the nodes, of a graph in its order, that any end depends on, and the ends."""
     found = set(ends)
     for node in reversed(list(nodes)):
         if node in found:

@@ -59,7 +59,7 @@ class OutputChecks:
                 self.compare(made, minibatch)
 
     def late_is_due(self) -> bool:
-        """Whether to check once more in this step when the Trainer asks for the pass; asked once in each."""
+        """Tells whether to check once more in this step when the Trainer asks for the pass; asked once in each."""
         return self._late.due()
 
     def agrees_late(self, made: Pass, minibatch: Minibatch) -> bool:
@@ -119,5 +119,5 @@ class OutputChecks:
 
 
 def _two_samples(step: int, num_samples: int) -> torch.Tensor:
-    """Samples that are drawn for a step; two, because a model may squeeze a single one."""
+    """Draws samples for a step; two, because a model may squeeze a single one."""
     return torch.tensor(random.Random(step).sample(range(num_samples), min(2, num_samples)))

@@ -51,7 +51,7 @@ def inputs_and_grads(
 
 @torch.no_grad()
 def _position_of(layer: nn.Linear, inputs: torch.Tensor, leaves: Sequence[torch.Tensor]) -> int:
-    """Which of a model's outputs holds what the output layer made of its inputs."""
+    """Tells which of a model's outputs holds what the output layer made of its inputs."""
     wide = inputs.double()
     outputs = nn.functional.linear(wide, layer.weight.to(wide), None if layer.bias is None else layer.bias.to(wide))
     found = []

@@ -27,7 +27,7 @@ class NumbersOutside:
         self._numbers: dict[tuple[Any, ...], int] = {}
 
     def number(self) -> int:
-        """A number for the values as they are, the same whenever they are the same."""
+        """Gives a number for the values as they are, the same whenever they are the same."""
         return self._numbers.setdefault(self._values(), len(self._numbers))
 
     def reads_environment(self, number: int) -> None:

@@ -39,7 +39,7 @@ _PROBES = (3, 4)
 
 
 def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    """The distance of two tensors relative to their size; for whole numbers, the share of those that differ."""
+    """Gives the distance of two tensors relative to their size; for whole numbers, the share of those that differ."""
     if one.is_complex():
         one, other = torch.view_as_real(one.resolve_conj()), torch.view_as_real(other.resolve_conj())
     if not one.is_floating_point():
@@ -53,7 +53,7 @@ def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def _perturbed(value: torch.Tensor) -> torch.Tensor:
-    """A parameter each of whose values is a tenth away, or a buffer whose values are all alike a little apart.
+    """Gives a parameter each of whose values is a tenth away, or a buffer whose values are all alike a little apart.
 
     Weights of zero would hide what they are to scale, and like values in which order they stand. Positive values, of
     which a logarithm may be taken, stay positive.
@@ -94,14 +94,14 @@ class _Probe:
             del values[node]
 
     def layout(self, node: fx.Node) -> Layout | None:
-        """The layout of a node's tensor; None where it does not depend on the number of samples."""
+        """Gives the layout of a node's tensor; None where it does not depend on the number of samples."""
         fitting = self._fitting(node)
         if len(fitting) > 1:
             raise UnsupportedError(f"a saved tensor ({node.name}) has its samples in more than one possible order")
         return fitting[0]
 
     def _fitting(self, node: fx.Node) -> list[Layout | None]:
-        """The layouts, at least one, in which both together show what the halves do.
+        """Gives the layouts, at least one, in which both together show what the halves do.
 
         Raises:
             UnsupportedError: If there is none.
@@ -134,7 +134,7 @@ class _Probe:
         return self.layouts.setdefault(node, fitting)
 
     def _parts(self, both: torch.Tensor, layout: Layout | None) -> list[torch.Tensor]:
-        """The halves of both together."""
+        """Gives the halves of both together."""
         if layout is None:
             return [both, both]
         rows = torch.arange(sum(_PROBES), device=both.device).split(_PROBES)
@@ -185,7 +185,7 @@ class _Probe:
         return self.layouts[node][0] if node in self.layouts else None
 
     def _joined(self, node: fx.Node, halves: Sequence[Any]) -> Any:
-        """What a node that draws random numbers would make of both together, had it drawn those of the halves."""
+        """Tells what a node that draws random numbers would make of both together, had it drawn those of the halves."""
 
         def joined(values: Sequence[torch.Tensor], layout: Layout | None) -> torch.Tensor:
             if layout is None:
@@ -209,7 +209,7 @@ def determine_layouts(
     wanted: Callable[[fx.Node], bool],
     sizes: Sizes = (),
 ) -> dict[fx.Node, Layout | None]:
-    """How the tensors that a forward graph puts out are laid out along the batch.
+    """Tells how the tensors that a forward graph puts out are laid out along the batch.
 
     Args:
         graph (fx.GraphModule): The forward graph of AOTAutograd, functional, with ``val`` in each node's meta.

@@ -39,7 +39,7 @@ class ServedPicks:
         return rows
 
     def samples(self, rows: torch.Tensor) -> torch.Tensor:
-        """The samples of the minibatch, int64, shape (n,), that picks are."""
+        """Gives the samples of the minibatch, int64, shape (n,), that picks are."""
         return self._picks[rows.to(self._picks.device)]
 
     @property
@@ -57,7 +57,7 @@ class ServedPicks:
         self._batch = None
 
     def _mark(self) -> list[Any]:
-        """What shows that a tensor of the picks that the forward pass reads was changed in place.
+        """Tells what shows that a tensor of the picks that the forward pass reads was changed in place.
 
         On the CPU also its sum: what changes ``tensor.data`` counts no version.
         """

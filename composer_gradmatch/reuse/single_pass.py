@@ -86,7 +86,7 @@ class SinglePass:
         self._trainer: Callable[[], Trainer | None] = lambda: None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SinglePass:
-        """What a copy of the model that is made within a step has in its ``forward``: it is served nothing."""
+        """Tells what a copy of the model that is made within a step has in its ``forward``: it is served nothing."""
         other: SinglePass = object.__new__(SinglePass)
         other.model = memo.get(id(self.model), self.model)
         other._forward, other._pass, other.installed = ModelForward(other.model), None, False
@@ -128,7 +128,7 @@ class SinglePass:
             raise
 
     def _own_outputs(self, minibatch: Minibatch) -> Any:
-        """What the model itself returns for a minibatch; without a trace in buffers and generators."""
+        """Tells what the model itself returns for a minibatch; without a trace in buffers and generators."""
         try:
             with torch.no_grad(), self.precision():
                 return self._forward.own(copy_batch(minibatch.batch))
@@ -148,7 +148,7 @@ class SinglePass:
             self._state = self._state.renew()
 
     def inputs_and_grads(self, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """H, P and the outputs of the output layer in the pass, for the samples' losses, shape (M,).
+        """Computes H, P and the outputs of the output layer in the pass, for the samples' losses, shape (M,).
 
         Raises:
             UnsupportedError: If the model does not return the output layer's output as it is, or the losses depend on
@@ -266,7 +266,7 @@ class SinglePass:
             forward.__self__.release()
 
     def _serve(self, batch: Any) -> Any:
-        """What stands in for the model's ``forward``."""
+        """Stands in for the model's ``forward``."""
         own_forward = self._forward.replaced
         if self._pass is None or own_forward is None:
             return type(self.model).forward(self.model, batch)
@@ -309,7 +309,7 @@ class SinglePass:
         return None if self._changed is not None else self._picks.find(batch)
 
     def _change(self) -> str | None:
-        """What has changed since the selection, in words, as far as it is due to be found; None for nothing."""
+        """Tells what has changed since the selection, in words, as far as it is due to be found; None for nothing."""
         assert self._minibatch is not None
         assert self._pass is not None
         assert self._state is not None

@@ -14,10 +14,10 @@ from composer_gradmatch.reuse.graphs import Graphs
 from composer_gradmatch.reuse.slices import Saved
 from composer_gradmatch.reuse.unsupported import UnsupportedError
 
-__all__ = ["Run"]
+__all__ = ["SavedPass"]
 
 
-class Run:
+class SavedPass:
     """What one forward pass has saved.
 
     Args:
@@ -90,7 +90,7 @@ class Run:
         return any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors)
 
     def take(self, rows: torch.Tensor, picks: Sequence[int] = ()) -> list[torch.Tensor]:
-        """The samples ``rows``, int64, shape (m,), of the model's outputs; those that have one with a graph.
+        """Gives the samples ``rows``, int64, shape (m,), of the model's outputs; those that have one with a graph.
 
         Args:
             rows (torch.Tensor): The samples.
@@ -104,7 +104,7 @@ class Run:
     def backward(
         self, graph: Any, rows: torch.Tensor, tangents: Sequence[torch.Tensor | None]
     ) -> list[torch.Tensor | None]:
-        """The parameters' gradients, in their order, of the samples ``rows`` by the gradients of their outputs.
+        """Gives the parameters' gradients, in their order, of the samples ``rows`` by the gradients of their outputs.
 
         Outputs without a gradient give none to the parameters that reach no other. ``graph`` is what autograd calls
         this from. The last backward pass of the picks, unless it keeps its graph,
@@ -127,7 +127,7 @@ class Run:
         return [gradients[i] if given & graphs.tangents_of[i] else None for i in self._places]
 
     def _is_over(self, graph: Any) -> bool:
-        """Whether no other backward pass of the picks is to come when this one is over."""
+        """Tells whether no other backward pass of the picks is to come when this one is over."""
         if keeps_graph():
             return False
         self.open.discard(graph)
@@ -142,7 +142,7 @@ class _SlicedBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, run: Run, rows: torch.Tensor, picks: Sequence[int], *_: torch.Tensor
+        ctx: Any, run: SavedPass, rows: torch.Tensor, picks: Sequence[int], *_: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         ctx.save_for_backward(rows)
         ctx.set_materialize_grads(False)

@@ -31,7 +31,7 @@ class Slice:
     layout: Layout | None
 
     def take(self, saved: Saved, rows: torch.Tensor, sizes: Sizes) -> torch.Tensor:
-        """The part of the samples ``rows``, int64, shape (m,), at the other ``sizes`` that vary."""
+        """Gives the part of the samples ``rows``, int64, shape (m,), at the other ``sizes`` that vary."""
         tensor = saved.tensors[self.index]
         assert tensor is not None
         if saved.last:
@@ -64,7 +64,7 @@ class CompiledBackward:
         self._graph, self._num_sizes, self._slices = graph, num_sizes, slices
 
     def __call__(self, *args: Any) -> Any:
-        """The gradients, for what :attr:`.Graphs.sliced` takes."""
+        """Gives the gradients, for what :attr:`.Graphs.sliced` takes."""
         *given, saved, rows, others = args
         sizes, tangents = given[: self._num_sizes], given[self._num_sizes :]
         taken = [None if each is None else each.take(saved, rows, others) for each in self._slices]

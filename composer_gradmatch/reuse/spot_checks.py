@@ -33,7 +33,7 @@ class SpotChecks:
         self._spent = 0.0
 
     def due(self) -> bool:
-        """Whether to check in this step, asked once in each."""
+        """Tells whether to check in this step, asked once in each."""
         now = time.perf_counter()
         # The first step's time is that of the capture.
         if self._steps == 1:

@@ -16,7 +16,7 @@ check_step()
 
 
 def trainer_on_the_stack() -> Trainer | None:
-    """The Trainer whose ``fit`` has called this, if one has."""
+    """Gives the Trainer whose ``fit`` has called this, if one has."""
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code is Trainer.fit.__code__:

@@ -14,6 +14,6 @@ class UndecidedError(UnsupportedError):
 
 
 def first_line(error: BaseException) -> str:
-    """An error's type, and the first line of what it says."""
+    """Gives an error's type, and the first line of what it says."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"

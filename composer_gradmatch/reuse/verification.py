@@ -95,7 +95,7 @@ class Verification:
         parameters = [parameter for parameter in self.forward.model.parameters() if parameter.requires_grad]
 
         def reference() -> Any:
-            """What the model itself returns, of the picks alone or of all samples."""
+            """Tells what the model itself returns, of the picks alone or of all samples."""
             self.minibatch.start.rewind()
             with nullcontext() if alone else picks_normalised_by_all(self.picks), precision():
                 return self.forward.own(self.minibatch.inputs(self.picked if alone else self.minibatch.batch))

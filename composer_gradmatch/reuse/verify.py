@@ -45,7 +45,7 @@ def _tolerance(tensors: Sequence[torch.Tensor]) -> float:
 
 
 def distinct_tensors(values: Iterable[Any]) -> list[torch.Tensor]:
-    """The tensors among some values, each once, in their order."""
+    """Gives the tensors among some values, each once, in their order."""
     return list({id(value): value for value in values if isinstance(value, torch.Tensor)}.values())
 
 
@@ -118,7 +118,7 @@ def check_gradients(
 def _distances(
     found: Sequence[torch.Tensor | None], expected: Sequence[torch.Tensor | None]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each parameter's gradient, unless it has none, the distance from the reference, and the reference's norm."""
+    """Finds each gradient's distance from the reference, and the reference's norm, where a parameter has one."""
     errors, sizes = [], []
     for one, other in zip(found, expected, strict=True):
         if one is None and other is None:

@@ -13,7 +13,7 @@ __all__ = ["decides_on_device", "gradient_matching"]
 
 
 def decides_on_device(gram: torch.Tensor, solver: Solver, tolerance: float) -> bool:
-    """Whether the host need not know what is picked: the number of picks is fixed, and the solver a kernel.
+    """Tells whether the host need not know what is picked: the number of picks is fixed, and the solver a kernel.
 
     Args:
         gram (torch.Tensor): K.

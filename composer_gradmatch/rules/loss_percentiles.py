@@ -78,7 +78,7 @@ class LossPercentiles:
         self.recent = torch.empty(0, dtype=torch.float64)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the recent losses, if they are ranked by."""
+        """Tells what a checkpoint keeps: the recent losses, if they are ranked by."""
         return {"recent": self.recent} if self.history else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from importlib.metadata import entry_points
+import warnings
+from importlib.metadata import EntryPoint, entry_points
 
 from composer_gradmatch.rules.gradient_matching import gradient_matching
 from composer_gradmatch.rules.loss_percentiles import LossPercentiles
@@ -29,11 +30,16 @@ RULES: dict[str, Rule] = {
 def all_rules() -> dict[str, Rule]:
     """Lists this package's rules, then those of other installed packages, which cannot take a name of ours.
 
-    Raises:
-        TypeError: If an entry point is no rule.
+    One of theirs that cannot be used is left out, with a warning: it is no reason to stop what does not ask for it.
     """
-    others = {point.name: point for point in entry_points(group=GROUP) if point.name not in RULES}
-    return {**RULES, **{name: _as_rule(name, point.load()) for name, point in sorted(others.items())}}
+    rules = dict(RULES)
+    for name, point in sorted(_others().items()):
+        if name not in RULES:
+            try:
+                rules[name] = _loaded(name, point)
+            except ValueError as error:
+                warnings.warn(str(error), stacklevel=2)
+    return rules
 
 
 def rule_named(name: str) -> Rule:
@@ -43,20 +49,35 @@ def rule_named(name: str) -> Rule:
         name (str): Its name in :data:`RULES`, or as an entry point.
 
     Raises:
-        ValueError: If there is none of that name; it lists the nearest.
+        ValueError: If there is none of that name (it lists the nearest), or what an installed package has under it
+            cannot be imported or is none.
     """
     if name in RULES:
         return RULES[name]
-    points = {point.name: point for point in entry_points(group=GROUP)}
-    if name in points:
-        return _as_rule(name, points[name].load())
-    names = [*RULES, *points]
+    others = _others()
+    if name in others:
+        return _loaded(name, others[name])
+    names = [*RULES, *others]
     nearest = difflib.get_close_matches(name, names, 3, 0.5) or names
     raise ValueError(f"there is no rule {name!r}; perhaps {', '.join(map(repr, nearest))}.")
 
 
-def _as_rule(name: str, value: object) -> Rule:
-    """The rule of an entry point, under the entry point's name."""
-    if isinstance(value, Rule):
-        return Rule(**{**vars(value), "name": name})
-    return Rule(value, name)  # pyright: ignore[reportArgumentType]
+def _others() -> dict[str, EntryPoint]:
+    """Lists the entry points of installed packages."""
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def _loaded(name: str, point: EntryPoint) -> Rule:
+    """Imports the rule of an entry point, under the entry point's name.
+
+    Raises:
+        ValueError: If it cannot be imported, whatever its package raises, or is no rule.
+    """
+    try:
+        value = point.load()
+        return Rule(**{**vars(value), "name": name}) if isinstance(value, Rule) else Rule(value, name)
+    except Exception as error:
+        raise ValueError(
+            f"the rule {name!r} of an installed package ({point.value}) cannot be used: {type(error).__name__}: "
+            f"{error}. Mend or uninstall that package."
+        ) from error

@@ -64,7 +64,7 @@ def _add_shared(parser: argparse.ArgumentParser, study: Study) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: returns the exit code, 2 for what cannot be run, 1 if every run failed."""
+    """Runs the command line: returns the exit code, 2 for what cannot be run, 1 if every run failed."""
     words = list(sys.argv[1:] if argv is None else argv)
     overrides = [word for word in words if "=" in word and not word.startswith("-")]
     arguments = _parser().parse_args([word for word in words if word not in overrides])

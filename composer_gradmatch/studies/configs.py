@@ -15,7 +15,7 @@ __all__ = ["accuracy_metric", "learning_rate", "quiet", "with_label_noise", "wit
 
 
 def quiet(config: dict[str, Any], run_name: str) -> dict[str, Any]:
-    """A copy that writes no checkpoint and no log file, and shows no progress bar of its own."""
+    """Gives a copy that writes no checkpoint and no log file, and shows no progress bar of its own."""
     loggers = {name: value for name, value in (config.get("loggers") or {}).items() if name != "file"}
     dropped = ("autoresume", "save_folder", "save_interval", "save_num_checkpoints_to_keep", "save_overwrite")
     kept = {key: copy.deepcopy(value) for key, value in config.items() if key not in dropped}
@@ -24,7 +24,7 @@ def quiet(config: dict[str, Any], run_name: str) -> dict[str, Any]:
 
 
 def with_label_noise(config: dict[str, Any], fraction: float, seed: int) -> dict[str, Any]:
-    """A copy whose training labels are noisy; see :class:`.NoisyLabels`."""
+    """Gives a copy whose training labels are noisy; see :class:`.NoisyLabels`."""
     if not fraction:
         return config
     noise = {**(config["train_loader"].get("label_noise") or {}), "fraction": fraction, "seed": seed}
@@ -32,7 +32,7 @@ def with_label_noise(config: dict[str, Any], fraction: float, seed: int) -> dict
 
 
 def with_synthetic_data(config: dict[str, Any]) -> dict[str, Any]:
-    """A copy that trains on random tensors of its data set's shape.
+    """Gives a copy that trains on random tensors of its data set's shape.
 
     Raises:
         ConfigError: If the shape of the data set is not known.
@@ -54,7 +54,7 @@ def with_synthetic_data(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def accuracy_metric(config: dict[str, Any], metric: str | None) -> str:
-    """The logged name of the metric that a study compares, checked against the model's own.
+    """Gives the logged name of the metric that a study compares, checked against the model's own.
 
     Args:
         config (dict[str, Any]): A checked config.
@@ -77,7 +77,7 @@ def accuracy_metric(config: dict[str, Any], metric: str | None) -> str:
 
 
 def learning_rate(config: dict[str, Any]) -> float:
-    """The config's learning rate, or its optimizer's default.
+    """Gives the config's learning rate, or its optimizer's default.
 
     Raises:
         ConfigError: If neither is a number.

@@ -84,7 +84,7 @@ class Interleaved(Algorithm):
             variant.algorithm.apply(event, state, logger)
 
     def count(self, state: State) -> int:
-        """The number of samples in the batch."""
+        """Counts the samples in the batch."""
         return count_samples(state.batch, *self.keys)
 
     def cut(self, state: State, size: int) -> None:

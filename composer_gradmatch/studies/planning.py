@@ -17,13 +17,13 @@ __all__ = ["cells", "check_study", "identity", "training_run"]
 
 
 def cells(strategies: Iterable[str], keeps: Iterable[float]) -> list[tuple[str, float]]:
-    """The pairs (strategy, keep) of a study; the full batch is there once, with keep 1."""
+    """Gives the pairs (strategy, keep) of a study; the full batch is there once, with keep 1."""
     keeps = list(keeps)
     return [(s, k) for s in strategies for k in ([1.0] if s == "full" else keeps)]
 
 
 def identity(study: str, config: dict[str, Any], **shared: Any) -> dict[str, Any]:
-    """What all runs of a study share; the config's seed and names of files are not of it."""
+    """Tells what all runs of a study share; the config's seed and names of files are not of it."""
     dropped = ("seed", "run_name", "save_folder", "loggers", "callbacks", "progress_bar")
     return {"study": study, "config": {k: v for k, v in config.items() if k not in dropped}, **shared}
 
@@ -64,7 +64,7 @@ def _uses_composers(run: Run) -> bool:
 
 
 def training_run(kind: str, settings: dict[str, Any], config: dict[str, Any], metric: str) -> Run:
-    """A run that trains, without files of its own and under the name of its settings.
+    """Gives a run that trains, without files of its own and under the name of its settings.
 
     Args:
         kind (str): The study's name.

@@ -16,7 +16,7 @@ _PACKAGES = ("composer-gradmatch", "mosaicml", "torch", "numpy", "scikit-learn",
 
 
 def provenance() -> dict[str, str]:
-    """The columns that say on what and with what a run was made; unknown ones are ``"unknown"``."""
+    """Gives the columns that say on what and with what a run was made; unknown ones are ``"unknown"``."""
     return {
         "machine": _machine(),
         "python": platform.python_version(),
@@ -47,7 +47,7 @@ def _processor() -> str:
 
 
 def _revision() -> str:
-    """Of the repository that the command was started in; with -dirty where files differ from it."""
+    """Finds the revision of the repository that the command was started in; -dirty where files differ from it."""
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],

@@ -42,7 +42,7 @@ class Difference:
 
 
 def compare_paired(differences: Sequence[float]) -> Difference:
-    """The mean of paired differences with Student's 95 % interval.
+    """Gives the mean of paired differences with Student's 95 % interval.
 
     A single pair, or pairs that all differ by the same amount, give no interval: there is no spread to judge by.
 
@@ -60,7 +60,7 @@ def compare_paired(differences: Sequence[float]) -> Difference:
 
 
 def interval_of_median(values: Sequence[float]) -> tuple[float, float]:
-    """A distribution-free 95 % interval of the median, of order statistics (the range, below six values)."""
+    """Gives a distribution-free 95 % interval of the median, of order statistics (the range, below six values)."""
     ordered = np.sort(np.asarray(values, dtype=float))
     n = len(ordered)
     lower = max(int(stats.binom.ppf(0.025, n, 0.5)) - 1, 0)
@@ -73,7 +73,7 @@ def compare_at_cost(
     curve_costs: Sequence[float],
     curves: Sequence[Sequence[float]],
 ) -> Difference:
-    """A strategy against a curve of accuracy over cost, read at the strategy's own cost.
+    """Gives a strategy against a curve of accuracy over cost, read at the strategy's own cost.
 
     For each seed the curve is interpolated between its points; the interval is the widest over the cost's own
     interval and over interpolation linear in the cost and in its logarithm. A strategy that costs more than the

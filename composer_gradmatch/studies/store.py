@@ -145,7 +145,7 @@ class Store:
         self._lock.release()
 
     def path(self, run: Run) -> Path:
-        """The file of a run's record."""
+        """Gives the file of a run's record."""
         return self._records / f"{run.key}.json"
 
     def save(self, run: Run, record: Record) -> None:
@@ -163,7 +163,7 @@ class Store:
             raise ConfigError(f"--out {self.folder}: {_cannot_write(error)}") from error
 
     def has(self, run: Run, retry_failed: bool = False) -> bool:
-        """Whether a run needs not be made: it is recorded (and, with ``retry_failed``, did not fail).
+        """Tells whether a run needs not be made: it is recorded (and, with ``retry_failed``, did not fail).
 
         A damaged record is none: it is set aside, so that the run is made again.
         """
@@ -172,12 +172,12 @@ class Store:
         return record is not None and not (retry_failed and record.error)
 
     def records(self, kind: str) -> list[Record]:
-        """All records of a kind, in the order of their files' names; damaged ones are set aside."""
+        """Gives all records of a kind, in the order of their files' names; damaged ones are set aside."""
         loaded = (self._load(path) for path in sorted(self._records.glob("*.json")))
         return [record for record in loaded if record is not None and record.kind == kind]
 
     def _load(self, path: Path) -> Record | None:
-        """A record; None if it is damaged: then its file is set aside."""
+        """Gives a record; None if it is damaged: then its file is set aside."""
         held = _read_mapping(path)
         if held is not None and _is_record(held):
             return Record(**held)
@@ -225,7 +225,7 @@ def _cannot_write(error: BaseException) -> str:
 
 
 def _read_mapping(path: Path) -> dict[str, Any] | None:
-    """What a JSON file holds; None if that is no mapping, as when it was cut off."""
+    """Tells what a JSON file holds; None if that is no mapping, as when it was cut off."""
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):  # Of the first are errors of JSON and of the encoding.
@@ -234,7 +234,7 @@ def _read_mapping(path: Path) -> dict[str, Any] | None:
 
 
 def _is_record(held: dict[str, Any]) -> bool:
-    """Whether a mapping has what a record has, each of its type."""
+    """Tells whether a mapping has what a record has, each of its type."""
     fields = {each.name: each for each in dataclasses.fields(Record)}
     types = {"kind": str, "rows": list, "error": str, "seconds": int | float}
     optional = {name for name, each in fields.items() if each.default_factory is not dataclasses.MISSING}

@@ -134,7 +134,7 @@ def selecting_names() -> set[str]:
 
 
 def selecting_entry(config: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
-    """The selecting algorithm that a config has, as (YAML name, arguments); None if it has none.
+    """Gives the selecting algorithm that a config has, as (YAML name, arguments); None if it has none.
 
     Raises:
         ConfigError: If it has more than one.
@@ -154,7 +154,7 @@ def selecting_entry(config: dict[str, Any]) -> tuple[str, dict[str, Any]] | None
 
 
 def strategy_entry(config: dict[str, Any], name: str, keep: float) -> dict[str, Any]:
-    """The ``algorithms`` entry of a strategy: ``{}`` for the full batch, else ``{YAML name: arguments}``.
+    """Gives the ``algorithms`` entry of a strategy: ``{}`` for the full batch, else ``{YAML name: arguments}``.
 
     The schedule, the batch keys and ``scale_factor`` are those of the config's own selecting algorithm, whatever
     its name, so that all strategies share them; a config without one selects in every step, as in the paper. A
@@ -183,7 +183,7 @@ def strategy_entry(config: dict[str, Any], name: str, keep: float) -> dict[str, 
 
 
 def with_strategy(config: dict[str, Any], name: str, keep: float) -> dict[str, Any]:
-    """A copy of a config that trains with a strategy in the place of its own selecting algorithm."""
+    """Gives a copy of a config that trains with a strategy in the place of its own selecting algorithm."""
     selecting = selecting_names()
     others = {key: value for key, value in (config.get("algorithms") or {}).items() if key not in selecting}
     return copy.deepcopy({**config, "algorithms": {**others, **strategy_entry(config, name, keep)}})

@@ -18,7 +18,7 @@ Table = Any
 
 
 def frame(records: Sequence[Record]) -> Table:
-    """A row for each result of the runs that succeeded."""
+    """Gives a row for each result of the runs that succeeded."""
     return pd.DataFrame([{**record.settings, **row} for record in records for row in record.rows])
 
 
@@ -46,26 +46,26 @@ def _describe(provenance: dict[str, str]) -> str:
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """A Markdown table."""
+    """Gives a Markdown table."""
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     return [*lines, *("| " + " | ".join(str(value) for value in row) + " |" for row in rows), ""]
 
 
 def range_of(values: Sequence[float], digits: int = 4) -> str:
-    """Mean and range, e.g. ``0.9912 (0.9889 to 0.9944)``."""
+    """Writes mean and range, e.g. ``0.9912 (0.9889 to 0.9944)``."""
     series = pd.Series(values, dtype=float)
     return f"{series.mean():.{digits}f} ({series.min():.{digits}f} to {series.max():.{digits}f})"
 
 
 def cell_order(data: Table) -> list[tuple[str, float]]:
-    """The pairs (strategy, keep) of a table, keep by keep, the full batch last."""
+    """Gives the pairs (strategy, keep) of a table, keep by keep, the full batch last."""
     pairs = set(zip(data["strategy"], data["keep"], strict=True))
     order = {strategy.name: place for place, strategy in enumerate(in_order(data["strategy"]))}
     return sorted(pairs, key=lambda pair: (pair[0] == "full", pair[1], order[pair[0]]))
 
 
 def measured_costs(store: Store) -> dict[tuple[str, float], tuple[float, float, float]]:
-    """(strategy, keep) → median share of the full batch's time a sample, and its 95 % interval."""
+    """Finds (strategy, keep) → median share of the full batch's time a sample, and its 95 % interval."""
     data = frame(store.records("step-time"))
     if data.empty:
         return {}

@@ -17,7 +17,7 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: returns the exit code, 2 for a config that cannot be run."""
+    """Runs the command line: returns the exit code, 2 for a config that cannot be run."""
     parser = argparse.ArgumentParser(
         prog="python -m composer_gradmatch.train",
         description="Train a model as a YAML config says, with gradient matching or another selection strategy.",

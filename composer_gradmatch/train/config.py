@@ -106,7 +106,7 @@ def _read(path: Path) -> DictConfig:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's type and message on one line."""
+    """Gives an exception's type and message on one line."""
     # Python's KeyError shows its message in quotes, an AssertionError often none.
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -126,7 +126,7 @@ def parse_time(text: str) -> Time | None:
 def argument_problems(
     where: str, factory: Callable[..., Any], arguments: dict[str, Any], supplied: Iterable[str] = ()
 ) -> list[str]:
-    """What is wrong with the arguments of a factory, by its own signature.
+    """Tells what is wrong with the arguments of a factory, by its own signature.
 
     Args:
         where (str): The dotted key of the section, for the messages.
@@ -174,7 +174,7 @@ def _hints(factory: Callable[..., Any]) -> dict[str, Any]:
 
 
 def matches(value: Any, hint: Any) -> bool:
-    """Whether a YAML value fits a type annotation; annotations that YAML cannot express accept anything.
+    """Tells whether a YAML value fits a type annotation; annotations that YAML cannot express accept anything.
 
     An int is a float, but a bool is neither.
     """
@@ -218,7 +218,7 @@ def matches(value: Any, hint: Any) -> bool:
 
 
 def _is_named(hint: Any) -> bool:
-    """Whether a class is one of those whose objects YAML can name: times and the members of an Enum."""
+    """Tells whether a class is one of those whose objects YAML can name: times and the members of an Enum."""
     kind = typing.get_origin(hint) or hint
     return inspect.isclass(kind) and issubclass(kind, Time | Enum)
 
@@ -237,7 +237,7 @@ def _names(value: Any, hint: Any) -> bool:
 
 
 def show_type(hint: Any) -> str:
-    """A type annotation, for an error message."""
+    """Gives a type annotation, for an error message."""
     parts = typing.get_args(hint)
     if typing.get_origin(hint) in (Union, types.UnionType):
         if any(map(_is_named, parts)):

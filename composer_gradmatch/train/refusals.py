@@ -28,12 +28,12 @@ def mark_as_users(module: str) -> None:
 
 
 def frames_of(error: BaseException) -> list[FrameType]:
-    """The frames that an exception has passed through, the outermost first."""
+    """Gives the frames that an exception has passed through, the outermost first."""
     return [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
 
 
 def touches_users_code(error: BaseException) -> bool:
-    """Whether an exception was raised in the user's own code, or in what that called.
+    """Tells whether an exception was raised in the user's own code, or in what that called.
 
     The user's own is what is neither in this package, nor in Python's library, nor installed; and what comes by an
     entry point. What a data loader's worker raises has no frames here, and counts as the user's.

@@ -48,7 +48,7 @@ class RunSummary(LoggerDestination):
                 self.best[key] = max(self.best.get(key, float("-inf")), float(value))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps, with the samples of all ranks, since Composer saves that of rank 0."""
+        """Tells what a checkpoint keeps, with the samples of all ranks, since Composer saves that of rank 0."""
         return {**vars(self), "backpropagated": sum(dist.all_gather_object(self.backpropagated))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -58,7 +58,7 @@ class RunSummary(LoggerDestination):
             self.backpropagated = 0
 
     def table(self, state: State) -> str:
-        """The table's text; call it on every rank."""
+        """Gives the table's text; call it on every rank."""
         backpropagated = sum(dist.all_gather_object(self.backpropagated))
         forwarded = int(state.timestamp.sample)
         rows = [("run", state.run_name)]

@@ -95,12 +95,12 @@ def check_config(config: dict[str, Any]) -> None:
 
 
 def _is_off(config: dict[str, Any], key: str) -> bool:
-    """Whether a section is absent, null or, where a run needs none, switched off by ``false``."""
+    """Tells whether a section is absent, null or, where a run needs none, switched off by ``false``."""
     return config.get(key) is None or (key not in _REQUIRED and config[key] is False)
 
 
 def _top_level_problems(config: dict[str, Any], known: list[str]) -> list[str]:
-    """What is wrong with the keys that are no sections, apart from what is known to be."""
+    """Tells what is wrong with the keys that are no sections, apart from what is known to be."""
     hints = typing.get_type_hints(Trainer.__init__)
     types = {**{key: hints[key] for key in TRAINER_KEYS}, **_OWN_TYPES}
     wrong = {problem.split(":", 1)[0] for problem in known}
@@ -120,7 +120,7 @@ def _top_level_problems(config: dict[str, Any], known: list[str]) -> list[str]:
 
 
 def _combined_problems(config: dict[str, Any]) -> list[str]:
-    """What is wrong with values of a checked config that are right one by one."""
+    """Tells what is wrong with values of a checked config that are right one by one."""
     return [
         *_device_problems(config),
         *_duration_problems(config),

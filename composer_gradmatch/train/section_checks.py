@@ -40,7 +40,7 @@ def _check_named(
 
 
 def _ruled(at: str, values: dict[str, Any], rules: dict[str, Rule], known: list[str], name: str = "") -> list[str]:
-    """What breaks the rules among the values of a section that have no problem yet."""
+    """Tells what breaks the rules among the values of a section that have no problem yet."""
     wrong = {problem.split(":", 1)[0] for problem in known}
     finite = {key: value for key, value in values.items() if not number_problems(f"{at}.{key}", value)}
     fitting = {key: value for key, value in finite.items() if f"{at}.{key}" not in wrong}
@@ -54,7 +54,7 @@ def _without_name(kind: str, where: str, section: Any) -> list[str]:
 
 
 def check_section(kind: str, where: str, section: Any, supplied: tuple[str, ...] = ()) -> list[str]:
-    """What is wrong with a section ``{name: ..., arguments ...}``: a message for each problem."""
+    """Tells what is wrong with a section ``{name: ..., arguments ...}``: a message for each problem."""
     if problems := _without_name(kind, where, section):
         return problems
     arguments = {key: value for key, value in section.items() if key != "name"}
@@ -62,7 +62,7 @@ def check_section(kind: str, where: str, section: Any, supplied: tuple[str, ...]
 
 
 def check_loader(where: str, section: Any) -> list[str]:
-    """What is wrong with a loader's section: a message for each problem."""
+    """Tells what is wrong with a loader's section: a message for each problem."""
     problems = _without_name("data set", where, section)
     if not isinstance(section, dict):
         return problems
@@ -93,7 +93,7 @@ def check_loader(where: str, section: Any) -> list[str]:
 
 
 def check_entries(kind: str, where: str, entries: Any) -> list[str]:
-    """What is wrong with a section of ``name: {arguments}`` entries: a message for each problem."""
+    """Tells what is wrong with a section of ``name: {arguments}`` entries: a message for each problem."""
     if entries is None or entries is False:
         return []
     if not isinstance(entries, dict):

@@ -70,7 +70,7 @@ def _check_tokens(config: dict[str, Any], loader: DataLoader) -> None:
 
 
 def _few_samples(loader: DataLoader) -> Any:
-    """Samples of a loader's data set as a batch; the random numbers that the data set draws are as before."""
+    """Makes a batch of a loader's samples; the random numbers that the data set draws are as before."""
     state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         dataset: Any = loader.dataset
@@ -146,7 +146,7 @@ def setting_up(config: dict[str, Any], what: str, begun: BatchesBegun | None = N
 
 
 def refusing_key(config: dict[str, Any], error: BaseException) -> str | None:
-    """The config's key whose object an exception was raised in, or the innermost one; None if there is none.
+    """Gives the config's key whose object an exception was raised in, or the innermost one; None if there is none.
 
     Args:
         config (dict[str, Any]): Checked.

@@ -57,7 +57,7 @@ def _one_of(*names: Any) -> Rule:
 
 
 def _time(*units: str, zero: bool = False) -> Rule:
-    """A time in one of some units, or a plain number (which the type admits or not) of at least 1."""
+    """Gives a time in one of some units, or a plain number (which the type admits or not) of at least 1."""
 
     def holds(value: Any) -> bool:
         if not isinstance(value, str):
@@ -101,7 +101,7 @@ def _is_file(template: str) -> bool:
 
 
 def _is_pattern(template: str) -> bool:
-    """Whether Composer, which looks for earlier checkpoints by a pattern made of the name, can make one."""
+    """Tells whether Composer, which looks for earlier checkpoints by a pattern made of the name, can make one."""
     for name in _TIMES:
         template = template.replace(f"{{{name}}}", f"(?P<{name}>\\d+)")
     try:
@@ -281,7 +281,7 @@ ARGUMENT_RULES: dict[str, dict[str, Rule]] = {
 
 
 def rule_problems(where: str, values: dict[str, Any], rules: dict[str, Rule], name: str = "") -> list[str]:
-    """What breaks the rules: a message for each value.
+    """Tells what breaks the rules: a message for each value.
 
     Args:
         where (str): The dotted key of the section, for the messages; ``""`` for the config's top.
@@ -299,7 +299,7 @@ def rule_problems(where: str, values: dict[str, Any], rules: dict[str, Rule], na
 
 
 def number_problems(where: str, value: Any) -> list[str]:
-    """The numbers, at any depth of a value, that are not finite, or integers that no library could hold."""
+    """Gives the numbers, at any depth of a value, that are not finite, or integers that no library could hold."""
     if isinstance(value, dict):
         items: Iterable[tuple[Any, Any]] = value.items()
     elif isinstance(value, list):
@@ -316,7 +316,7 @@ def number_problems(where: str, value: Any) -> list[str]:
 
 
 def overwriting_problem(filename: str, interval: Any) -> str | None:
-    """What is wrong with a checkpoint's name that two saves of a run would share; None if there are none.
+    """Tells what is wrong with a checkpoint's name that two saves of a run would share; None if there are none.
 
     Args:
         filename (str): A template that :data:`TRAINER_RULES` accepts.

@@ -94,11 +94,13 @@ def test_the_table_has_each_rule_under_its_own_name():
 
 
 class Point:
-    def __init__(self, name, value):
-        self.name, self.value = name, value
+    def __init__(self, name, rule):
+        self.name, self.rule, self.value = name, rule, f"package:{name}"
 
     def load(self):
-        return self.value
+        if isinstance(self.rule, Exception):
+            raise self.rule
+        return self.rule
 
 
 def test_installed_packages_add_rules_but_take_no_name_of_ours(monkeypatch):
@@ -111,3 +113,14 @@ def test_installed_packages_add_rules_but_take_no_name_of_ours(monkeypatch):
     assert rule_named("theirs").function is first
     with pytest.raises(ValueError, match=r"no rule 'their'; perhaps 'theirs'"):
         rule_named("their")
+
+
+@pytest.mark.parametrize("broken", [ImportError("no module named theirs"), 3, len], ids=["import", "number", "len"])
+def test_a_rule_of_a_broken_package_is_told_and_stops_nothing_else(broken, monkeypatch):
+    points = [Point("broken", broken), Point("theirs", first)]
+    monkeypatch.setattr(table, "entry_points", lambda group: points)
+    with pytest.warns(UserWarning, match=r"'broken' of an installed package \(package:broken\) cannot be used"):
+        assert list(all_rules()) == [*RULES, "theirs"]
+    with pytest.raises(ValueError, match="'broken' of an installed package"):
+        rule_named("broken")
+    assert rule_named("theirs").function is first

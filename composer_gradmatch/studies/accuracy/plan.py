@@ -45,7 +45,7 @@ def plan_accuracy(
 
 
 def _scaled(config: dict[str, Any], keep: float, batch_size: str) -> dict[str, Any]:
-    """M = M_base/keep for ``scaled`` (App. C.2), so that m is M_base whatever is kept."""
+    """Sets M = M_base/keep for ``scaled`` (App. C.2), so that m is M_base whatever is kept."""
     if batch_size == "fixed" or keep == 1:
         return config
     if Time.from_input(config["max_duration"]).unit.value not in ("ep", "sp"):

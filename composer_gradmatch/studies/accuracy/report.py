@@ -24,13 +24,13 @@ def _by_seed(data: Table, strategy: str, keep: float, column: str) -> Table:
 
 
 def paired_with(data: Table, cell: tuple[str, float], other: tuple[str, float], column: str) -> Difference:
-    """The difference of a cell (strategy, keep) to another one over the seeds that both have."""
+    """Gives the difference of a cell (strategy, keep) to another one over the seeds that both have."""
     difference = _by_seed(data, *cell, column) - _by_seed(data, *other, column)
     return compare_paired(difference.dropna().tolist())
 
 
 def at_equal_cost(data: Table, cell: tuple[str, float], costs: Costs, column: str) -> Difference | None:
-    """The difference of a cell to random's curve at the cell's own measured cost; None if it cannot be told."""
+    """Gives the difference of a cell to random's curve at the cell's own measured cost; None if it cannot be told."""
     keeps = sorted(set(data.loc[data["strategy"] == "random", "keep"]))
     points = [("random", keep) for keep in keeps] + [("full", 1.0)]
     points = [point for point in points if point in costs and len(_by_seed(data, *point, column))]

@@ -27,7 +27,7 @@ def plan_step_time(
 def step_time_run(
     config: dict[str, Any], variants: Sequence[tuple[str, float, int]], rounds: int, **settings: Any
 ) -> Run:
-    """The run that times variants (strategy, keep, batch size) of a config beside the full batch."""
+    """Gives the run that times variants (strategy, keep, batch size) of a config beside the full batch."""
     full = ("full", 1.0, config["global_train_batch_size"])
     variants = sorted({full, *variants})
     named = " ".join(f"{strategy}:{keep:g}:{size}" for strategy, keep, size in variants)

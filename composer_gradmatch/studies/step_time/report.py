@@ -15,7 +15,7 @@ __all__ = ["cost_of_shares", "report_step_time"]
 
 
 def cost_of_shares(strategy: Strategy, keep: float, forward: float, backward: float, rest: float) -> float:
-    """What a step would cost, in full steps, if its passes cost what they do in the full batch's step.
+    """Tells what a step would cost, in full steps, if its passes cost what they do in the full batch's step.
 
     The passes cost by the sample, as :meth:`.Strategy.cost` has it, the rest by the step.
 
@@ -84,7 +84,7 @@ def report_step_time(store: Store, name: str) -> list[str]:
 
 
 def _own_shares(full: Table) -> tuple[float, float, float]:
-    """The shares of the full batch's step in its forward pass, its backward pass and all else."""
+    """Gives the shares of the full batch's step in its forward pass, its backward pass and all else."""
     medians = [float(full[f"{part}_seconds"].median()) for part in ("training_forward", "training_backward")]
     medians.append(float((full["selection_rest_seconds"] + full["rest_seconds"]).median()))
     forward, backward, rest = (seconds / sum(medians) for seconds in medians)
