@@ -9,7 +9,8 @@ import torch
 from tiny_data import write_bert, write_cifar, write_imagenet32, write_imdb, write_svhn
 from torchvision import datasets
 
-from composer_gradmatch import GradMatch
+from composer_gradmatch import GradMatch, RuleBackprop
+from composer_gradmatch.rules.table import RULES
 from composer_gradmatch.train import build_trainer, check_config, train
 from composer_gradmatch.train.builders import build_named
 from composer_gradmatch.train.config import ConfigError, load_config
@@ -60,6 +61,18 @@ def test_two_batches_train(path, tmp_path, monkeypatch):
     assert any(
         not torch.equal(a.cpu(), b) for a, b in zip(trainer.state.model.parameters(), fresh.parameters(), strict=True)
     )
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_each_rule_is_a_key_away(name, tmp_path):
+    (path,) = (path for path in CONFIGS if path.stem == "digits")
+    toggle = f"algorithms.{name}={{start: 0.0, end: 1.0, keep: 0.5, interrupt: 0}}"
+    config = tiny(path, tmp_path, "algorithms.gradmatch=false", toggle)
+    trainer = train(config)
+    assert int(trainer.state.timestamp.batch) == 2
+    (algorithm,) = (each for each in trainer.state.algorithms if isinstance(each, RuleBackprop))
+    assert algorithm.rule.name == name
+    assert 1 <= len(algorithm.last_selection.indices) <= 4
 
 
 @pytest.mark.parametrize("path", TEXT, ids=lambda path: path.stem)

@@ -173,6 +173,15 @@ def test_llm_foundrys_entry_points_construct_from_yaml(name, algorithm_class):
     assert loaded(**yaml.safe_load(KEEP)).keep == 0.3
 
 
+def test_llm_foundry_gets_any_rule_by_its_name():
+    found = {point.name: point for point in entry_points(group="llmfoundry_algorithms")}
+    if "rule_backprop" not in found and "CI" not in os.environ:
+        pytest.skip("the package is not installed")
+    arguments = yaml.safe_load("{rule: loss_backprop, options: {history: 30}, keep: 0.3}")
+    algorithm = found["rule_backprop"].load()(**arguments)
+    assert (algorithm.log_name, algorithm.keep, algorithm.rule.function.history) == ("loss_backprop", 0.3, 30)
+
+
 def test_digits_are_a_fixed_stratified_split():
     (train_x, train_y), (test_x, test_y) = digits("train").tensors, digits("test").tensors
     assert train_x.shape == (1437, 1, 8, 8)
