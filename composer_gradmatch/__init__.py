@@ -7,6 +7,8 @@ need no Composer.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from composer_gradmatch.moved import redirect
+
 if TYPE_CHECKING:
     from composer_gradmatch.algorithms.functional import select_using_gradient_matching
     from composer_gradmatch.algorithms.gradmatch import GradMatch
@@ -54,6 +56,8 @@ _MODULES = {
 }
 #: Folders that ``import composer_gradmatch`` alone gives access to.
 _FOLDERS = ("last_layer", "matching")
+
+redirect()
 
 
 def __getattr__(name: str) -> Any:
