@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from composer.algorithms import LabelSmoothing, SelectiveBackprop
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
@@ -24,6 +25,9 @@ from composer_gradmatch.forward.ranks import needs_all_ranks, unwrap
 from composer_gradmatch.forward.traceless import no_trace
 from composer_gradmatch.rules.picks import Picks, WholeBatch
 from composer_gradmatch.spans import span
+
+if TYPE_CHECKING:
+    from composer_gradmatch.candidates.one_pass import SinglePass
 
 __all__ = ["SubsetBackprop"]
 
@@ -177,10 +181,8 @@ class SubsetBackprop(Algorithm):
             self._ranks.see_forward(state, lambda: self._reader.count(state.batch))
         elif event == Event.BEFORE_LOSS and self.selector.weighting is not None:
             self.selector.weighting.before_loss(state)
-        elif event == Event.AFTER_LOSS and self.selector.weighting is not None:
-            assert self._rows.of_microbatch is not None
-            self.selector.weighting.after_loss(state, self._rows.of_microbatch, self._rows.rehearsing)
-            self._rows.weighed = True
+        elif event == Event.AFTER_LOSS:
+            self._after_loss(state)
         elif event == Event.AFTER_TRAIN_BATCH:
             self.selector.source.end_step()
         elif event == Event.BATCH_END:
@@ -246,7 +248,7 @@ class SubsetBackprop(Algorithm):
         # A single sample needs no selection, but a model may need all ranks in each forward pass.
         if num_picks == num_samples and not self._ranks.stay_in_step(state):
             return
-        selected = self.selector.select(state, num_samples, num_picks)
+        selected = self._select(state, num_samples, num_picks)
         picks = self._ranks.with_enough_samples(state, selected, num_samples)
         self._ranks.begin_step(num_samples if isinstance(picks, WholeBatch) else len(picks.indices))
         if isinstance(picks, WholeBatch):
@@ -260,6 +262,29 @@ class SubsetBackprop(Algorithm):
                 "selection_time": time.perf_counter() - started,
             }
             self._steps.log(logger, metrics, picks.found, int(state.timestamp.batch))
+
+    # What measurements from outside wrap or read, by the names that it has had since version 0.1.0:
+
+    def _select(self, state: State, num_samples: int, num_picks: int) -> Picks | WholeBatch:
+        """Picks ``num_picks`` of the ``num_samples`` samples of ``state.batch``."""
+        return self.selector.select(state, num_samples, num_picks)
+
+    def _after_loss(self, state: State) -> None:
+        """Replaces the loss of a microbatch by its weighted loss."""
+        assert self.selector.weighting is not None
+        assert self._rows.of_microbatch is not None
+        self.selector.weighting.after_loss(state, self._rows.of_microbatch, self._rows.rehearsing)
+        self._rows.weighed = True
+
+    @property
+    def _microbatch_weights(self) -> torch.Tensor | None:
+        """The weights of the microbatch's samples, shape (n,)."""
+        return self._rows.of_microbatch
+
+    @property
+    def _single_pass(self) -> SinglePass | None:
+        """The forward pass that serves the training step, too, if there is one."""
+        return self.selector.source.single
 
     def _check_first_batch(self, state: State) -> None:
         """Raises if the first batch cannot be selected from, as far as can be told without a forward pass."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from composer.core import State
 
@@ -10,6 +10,9 @@ from composer_gradmatch.forward.sample_checks import Rows
 from composer_gradmatch.rules.candidates import Candidates
 from composer_gradmatch.rules.cost import Passes
 from composer_gradmatch.rules.picks import Picks
+
+if TYPE_CHECKING:
+    from composer_gradmatch.reuse.single_pass import SinglePass
 
 __all__ = ["Source"]
 
@@ -25,6 +28,8 @@ class Source:
     passes: Passes = 0
     #: Whether the step that is being made has something to end.
     serves: bool = False
+    #: The one forward pass, where the source makes but one.
+    single: SinglePass | None = None
 
     def reset_fit(self, state: State) -> None:
         """Forgets what belongs to one ``fit``, in which modules may be replaced."""
