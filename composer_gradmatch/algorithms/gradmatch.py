@@ -66,6 +66,8 @@ class GradMatch(RuleBackprop):
             )
     """
 
+    log_name = RULES["gradmatch"].name
+
     def __init__(
         self,
         start: float = 0.5,

@@ -41,6 +41,8 @@ class LossBackprop(RuleBackprop):
             trainer = Trainer(..., algorithms=[LossBackprop(start=0.0, end=1.0, keep=0.3, interrupt=0)])
     """
 
+    log_name = RULES["loss_backprop"].name
+
     def __init__(
         self,
         start: float = 0.5,

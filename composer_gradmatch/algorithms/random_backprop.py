@@ -27,6 +27,8 @@ class RandomBackprop(RuleBackprop):
             trainer = Trainer(..., algorithms=[RandomBackprop(start=0.0, end=1.0, keep=0.3, interrupt=0)])
     """
 
+    log_name = RULES["random_backprop"].name
+
     def __init__(
         self,
         start: float = 0.5,

@@ -26,4 +26,4 @@ class WarnOnce:
         """Gives a warning, if it is a new one."""
         if warning not in self._given:
             self._given.add(warning)
-            warnings.warn(f"{self.owner}: {warning}", stacklevel=3)
+            warnings.warn(f"{self.owner}: {warning}", stacklevel=2)
