@@ -13,7 +13,9 @@ from composer_gradmatch.forward.scaling import check_scale_factor, scale_inputs
 from composer_gradmatch.forward.traceless import no_trace
 from composer_gradmatch.last_layer import CheckedTap, last_layer_gram, observe_output_layer, resolve_output_layer
 from composer_gradmatch.matching import Solver, check_solver
-from composer_gradmatch.matching.weighted_picks import match_mean_gradient
+from composer_gradmatch.rules.candidates import Candidates
+from composer_gradmatch.rules.gradient_matching import gradient_matching
+from composer_gradmatch.rules.picks import WholeBatch
 
 __all__ = ["select_using_gradient_matching"]
 
@@ -85,12 +87,15 @@ def select_using_gradient_matching(
     if tap.warning is not None:
         warnings.warn(tap.warning, stacklevel=2)
     num_picks = max(1, int(keep * len(input)))
-    gram = last_layer_gram(inputs.double(), grads.double(), layer.bias is not None)
-    match = match_mean_gradient(gram, num_picks, solver=solver, ridge=ridge, tolerance=tolerance)
-    if match is None:
+    # On the host, where as many are picked as match.
+    gram = last_layer_gram(inputs.double(), grads.double(), layer.bias is not None).cpu()
+    candidates = Candidates(len(input), gram=gram)
+    picks = gradient_matching(candidates, num_picks, solver=solver, ridge=ridge, tolerance=tolerance)
+    if isinstance(picks, WholeBatch):
         return input, target, torch.ones(len(input), device=input.device)
-    indices = match.indices.to(input.device)
-    return input[indices], target[indices.to(target.device)], match.weights.float().to(input.device)
+    assert picks.weights is not None
+    indices = picks.indices.to(input.device)
+    return input[indices], target[indices.to(target.device)], picks.weights.float().to(input.device)
 
 
 def _check_takes_reduction(loss_fun: Callable[..., torch.Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -145,12 +145,12 @@ class LossWeighting:
         if takes_loss_from_logits(model):
             yield huggingface_losses(model, state.outputs, batch, reduction="mean")
 
-    def end_step(self, state: State, warn: Callable[[str], None]) -> None:
+    def end_step(self, state: State) -> None:
         """Warns of terms of the model's own loss that weights do not reach; on a GPU, not in each step."""
         step = str(int(state.timestamp.batch))
         due = state.device.name != "gpu" or step.strip("0") == "1"
         if due and self._scale.other_terms is not None and bool(self._scale.other_terms):
-            warn(
+            self.selection_pass.warn(
                 "the model's own loss has a term that depends on its outputs and is not in the samples' losses "
                 "(loss_fn, or loss(..., reduction='none')). It is trained without weights."
             )

@@ -32,8 +32,8 @@ class Selector:
         rule (Rule): The rule, its options given.
         source (Source): Gives its candidates.
         selection_pass (SelectionPass): Makes forward passes.
-        layer (WatchedLayer, optional): The output layer, if the rule needs gradients. Default: ``None``.
-        planned_passes (int, optional): Forward passes of a step, if all goes well. Default: ``2``.
+        layer (WatchedLayer, optional): The output layer; None if the rule needs no gradients.
+        planned_passes (int): Forward passes of a step, if all goes well.
 
     Attributes:
         weighting (LossWeighting, optional): Brings weights into the loss; None for a rule that gives none.
@@ -44,8 +44,8 @@ class Selector:
         rule: Rule,
         source: Source,
         selection_pass: SelectionPass,
-        layer: WatchedLayer | None = None,
-        planned_passes: Passes = 2,
+        layer: WatchedLayer | None,
+        planned_passes: Passes,
     ) -> None:
         self.rule, self.source, self.selection_pass, self.layer = rule, source, selection_pass, layer
         self.planned_passes = planned_passes
@@ -61,6 +61,11 @@ class Selector:
     def needs_losses(self) -> bool:
         """Whether the samples' losses are looked at or weighted."""
         return self.looks or self.weighting is not None
+
+    @property
+    def rehearsed(self) -> bool:
+        """Whether the first batch has shown that selection works."""
+        return self.selection_pass.rehearsed
 
     def cost(self, share: float) -> float:
         """Tells what the step that was selected for costs: see :func:`.step_cost`."""
@@ -97,13 +102,12 @@ class Selector:
         if dist.get_global_rank() < len(of_ranks) and hasattr(self._function, "load_state_dict"):
             self._function.load_state_dict(of_ranks[dist.get_global_rank()])
 
-    def check_setup(self, state: State, keep: float, owner: str) -> None:
+    def check_setup(self, state: State, keep: float) -> None:
         """Raises at INIT if a model's losses or output layer are not to be had.
 
         Args:
             state (State): The run's state.
             keep (float): The share to keep.
-            owner (str): The algorithm that it is for, for the messages.
 
         Raises:
             TypeError: If the model's loss cannot give per-sample values.
@@ -114,13 +118,13 @@ class Selector:
             check_losses(model)
         if self.planned_passes == 2 and 2 / 3 <= keep < 1:
             warnings.warn(
-                f"{owner} with keep={keep} costs more than training on everything: a selection "
+                f"{self.selection_pass.owner} with keep={keep} costs more than training on everything: a selection "
                 f"pass of M/3 and a step on m samples against M is {1 / 3 + keep:.2f}. "
                 "Only below keep=2/3 does it save time.",
                 stacklevel=2,
             )
         if self.layer is not None:
-            self.layer.check(model, owner)
+            self.layer.check(model)
 
     def check_first_batch(self, state: State) -> None:
         """Raises if a batch's labels cannot be trained on, as far as the model tells."""

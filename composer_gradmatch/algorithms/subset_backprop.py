@@ -102,7 +102,6 @@ class SubsetBackprop(Algorithm):
         self._rows = RowWeights(self._reader, self._warn_once, self._owner)
         self._ranks = RanksInStep()
         self._steps = StepLog(log_name, self._warn_once)
-        self._rehearsed = False
 
     @property
     def batches_not_matched(self) -> int:
@@ -118,7 +117,6 @@ class SubsetBackprop(Algorithm):
 
     def _reset_fit(self, state: State) -> None:
         """Forgets what belongs to one ``fit``, in which modules may be replaced."""
-        self._rehearsed = False
         self._steps.drop()
         self._rows.reset_fit()
         self._ranks.reset_fit()
@@ -144,7 +142,7 @@ class SubsetBackprop(Algorithm):
         if event in (Event.INIT, Event.FIT_START):
             return True
         if event == Event.AFTER_DATALOADER:
-            return self.keep < 1 and (not self._rehearsed or self._is_scheduled(state))
+            return self.keep < 1 and (not self.selector.rehearsed or self._is_scheduled(state))
         if event == Event.BEFORE_FORWARD:
             return self._rows.has_picks or self._ranks.watches_step
         if event in (Event.BATCH_START, Event.BEFORE_LOSS, Event.AFTER_LOSS):
@@ -204,7 +202,7 @@ class SubsetBackprop(Algorithm):
                     f"(from {other.start} to {other.end}) would both select from the same minibatches. Keep one of "
                     "them, or give them intervals that do not overlap."
                 )
-        self.selector.check_setup(state, self.keep, self._owner)
+        self.selector.check_setup(state, self.keep)
         if self.keep < 1 and self.selector.weighting is not None:
             if not self.ordered_first:
                 check_order_of_losses(self, state, LabelSmoothing)
@@ -224,7 +222,7 @@ class SubsetBackprop(Algorithm):
     def _after_dataloader(self, state: State, logger: Logger) -> None:
         started = time.perf_counter()
         state.batch = state.device.batch_to_device(state.batch)
-        first = not self._rehearsed
+        first = not self.selector.rehearsed
         if first:
             on_all_ranks(lambda: self._check_first_batch(state), self._owner)
             self._ranks.see_first_batch(state, self._reader.count(state.batch))
@@ -239,7 +237,6 @@ class SubsetBackprop(Algorithm):
         if first:
             with no_trace(unwrap(state.model)):
                 on_all_ranks(lambda: self.selector.rehearse(state, num_samples, num_picks), self._owner)
-            self._rehearsed = True
         if not self._is_scheduled(state):
             if first and self.selector.weighting is not None:
                 self._rows.rehearse(state, num_samples)
@@ -297,7 +294,7 @@ class SubsetBackprop(Algorithm):
 
     def _of_nothing(self, state: State) -> WholeBatch:
         """An empty batch is an error at the start, and later, at the end of a rank's data, the Trainer's to take."""
-        if not self._rehearsed or needs_all_ranks(unwrap(state.model)):
+        if not self.selector.rehearsed or needs_all_ranks(unwrap(state.model)):
             raise ValueError(
                 "The batch is empty: no sample to select from. Check the sampler, or pass drop_last=True to the loader."
             )
@@ -322,5 +319,5 @@ class SubsetBackprop(Algorithm):
         self._steps.log_late(logger)
         self._steps.drop()
         if self.selector.weighting is not None:
-            self.selector.weighting.end_step(state, self._warn_once)
+            self.selector.weighting.end_step(state)
         self._rows.clear()

@@ -22,20 +22,15 @@ import numpy as np
 import torch
 
 from composer_gradmatch.batches.nests import children, is_array, is_sequence, map_nest, named_leaves, resized
-from composer_gradmatch.batches.picked_rows import find_rows, match_rows
-from composer_gradmatch.batches.sample_leaves import holds_arrays, length, names_by_length, refuse_packed, sample_names
+from composer_gradmatch.batches.sample_leaves import holds_arrays, length, refuse_packed, sample_names
 
 __all__ = [
     "copy_batch",
     "copy_structure",
     "count_samples",
     "describe_targets",
-    "find_rows",
     "get_item",
     "map_tensors",
-    "match_rows",
-    "names_by_length",
-    "sample_names",
     "take_samples",
     "tensor_leaves",
 ]

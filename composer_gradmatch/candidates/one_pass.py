@@ -55,12 +55,12 @@ class OnePass(Source):
         self.given_up = False
 
     @property
-    def passes(self) -> Passes:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def passes(self) -> Passes:
         """One where the step is served, else two."""
         return 1 if self.serves else 2
 
     @property
-    def serves(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def serves(self) -> bool:
         """Whether the Trainer's forward is served from the pass."""
         return self.single is not None and self.single.installed
 

@@ -24,12 +24,18 @@ class Source:
     came of it, and, if :attr:`serves` is true, :meth:`end_step` after the backward pass.
     """
 
-    #: The forward passes over the whole minibatch of a step that has just been selected for.
-    passes: Passes = 0
-    #: Whether the step that is being made has something to end.
-    serves: bool = False
     #: The one forward pass, where the source makes but one.
     single: SinglePass | None = None
+
+    @property
+    def passes(self) -> Passes:
+        """The forward passes over the whole minibatch of a step that has just been selected for."""
+        return 0
+
+    @property
+    def serves(self) -> bool:
+        """Whether the step that is being made has something to end."""
+        return False
 
     def reset_fit(self, state: State) -> None:
         """Forgets what belongs to one ``fit``, in which modules may be replaced."""

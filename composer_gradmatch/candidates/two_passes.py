@@ -17,6 +17,7 @@ from composer_gradmatch.forward.selection_pass import SelectionPass
 from composer_gradmatch.last_layer import OutputLayerTap
 from composer_gradmatch.last_layer.gradients import LayerGradients, all_grads, all_inputs, gram_of_all
 from composer_gradmatch.rules.candidates import Candidates
+from composer_gradmatch.rules.cost import Passes
 from composer_gradmatch.spans import span
 
 __all__ = ["TwoPasses", "candidates_of"]
@@ -60,10 +61,13 @@ class TwoPasses(Source):
         layer (WatchedLayer, optional): The output layer; None for the samples' losses alone. Default: ``None``.
     """
 
-    passes = 2
-
     def __init__(self, selection_pass: SelectionPass, layer: WatchedLayer | None = None) -> None:
         self.selection_pass, self.layer = selection_pass, layer
+
+    @property
+    def passes(self) -> Passes:
+        """Two: see :class:`.Source`."""
+        return 2
 
     def look(self, state: State, num_samples: int) -> Candidates:
         """Looks at the samples' losses and, with an output layer, at their last-layer gradients: :class:`.Source`."""

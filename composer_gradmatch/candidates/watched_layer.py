@@ -44,12 +44,11 @@ class WatchedLayer:
         #: Whether its output must be copied, since what follows changes it in place.
         self._changed_in_place = False
 
-    def check(self, model: nn.Module, owner: str) -> None:
+    def check(self, model: nn.Module) -> None:
         """Raises if a model has no such layer, as far as can be told without a batch.
 
         Args:
             model (nn.Module): The model.
-            owner (str): The algorithm that it is for, for the message.
 
         Raises:
             ValueError: If the name names no linear layer, or there is none at all.
@@ -58,8 +57,8 @@ class WatchedLayer:
             resolve_output_layer(model, self.chosen)
         elif not any(isinstance(module, nn.Linear) for module in model.modules()):
             raise ValueError(
-                f"{type(model).__name__} has no nn.Linear, but {owner} matches the gradients of a linear output "
-                "layer. Use LossBackprop or RandomBackprop, which need none."
+                f"{type(model).__name__} has no nn.Linear, but {self.selection_pass.owner} matches the gradients of a "
+                "linear output layer. Use LossBackprop or RandomBackprop, which need none."
             )
 
     def of(self, state: State) -> nn.Linear:

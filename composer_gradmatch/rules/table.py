@@ -11,7 +11,7 @@ from composer_gradmatch.rules.loss_percentiles import LossPercentiles
 from composer_gradmatch.rules.rule import Rule
 from composer_gradmatch.rules.uniform import uniform
 
-__all__ = ["GROUP", "RULES", "all_rules", "rule_named"]
+__all__ = ["GROUP", "RULES", "all_rules", "rule_named", "rule_names"]
 
 #: The entry points whose functions, or :class:`.Rule` records, are rules by their own names.
 GROUP = "composer_gradmatch_rules"
@@ -40,6 +40,11 @@ def all_rules() -> dict[str, Rule]:
             except ValueError as error:
                 warnings.warn(str(error), stacklevel=2)
     return rules
+
+
+def rule_names() -> list[str]:
+    """Lists the names of all rules; of other packages' none is imported for it."""
+    return [*RULES, *(name for name in _others() if name not in RULES)]
 
 
 def rule_named(name: str) -> Rule:

@@ -112,10 +112,8 @@ def strategy_named(name: str) -> Strategy:
     Raises:
         ConfigError: If there is none of that name, as when the package that brought it is no longer installed.
     """
-    strategies = all_strategies()
-    if name not in strategies:
-        raise ConfigError(f"unknown strategy {name!r}; {nearest(name, strategies)}")
-    return strategies[name]
+    (strategy,) = in_order([name])
+    return strategy
 
 
 def in_order(names: Iterable[str]) -> list[Strategy]:
@@ -124,8 +122,12 @@ def in_order(names: Iterable[str]) -> list[Strategy]:
     Raises:
         ConfigError: If there is none of a name.
     """
-    present = {strategy_named(name).name for name in set(names)}
-    return [strategy for strategy in all_strategies().values() if strategy.name in present]
+    wanted, strategies = set(names), STRATEGIES
+    if not wanted <= strategies.keys():
+        strategies = all_strategies()  # Which asks the installed packages.
+    if unknown := sorted(wanted - strategies.keys()):
+        raise ConfigError(f"unknown strategy {unknown[0]!r}; {nearest(unknown[0], strategies)}")
+    return [strategy for strategy in strategies.values() if strategy.name in wanted]
 
 
 def selecting_names() -> set[str]:

@@ -18,7 +18,7 @@ from composer_gradmatch.algorithms.loss_backprop import LossBackprop
 from composer_gradmatch.algorithms.random_backprop import RandomBackprop
 from composer_gradmatch.data.table import DATA_SETS
 from composer_gradmatch.models.table import MODELS
-from composer_gradmatch.rules.table import GROUP, RULES, rule_named
+from composer_gradmatch.rules.table import rule_named, rule_names
 from composer_gradmatch.train.config import ConfigError, nearest
 from composer_gradmatch.train.refusals import mark_as_users
 
@@ -143,7 +143,7 @@ def resolve(kind: str, name: str) -> Factory:
         factory = added[name].load()
         mark_as_users(factory.__module__)
         return factory
-    rules = {*RULES, *(point.name for point in entry_points(group=GROUP))} if kind == "algorithm" else set()
+    rules = rule_names() if kind == "algorithm" else []
     if name in rules:
         return _rules_algorithm(name)
     raise ConfigError(f"unknown {kind} {name!r}; {nearest(name, {*table, *added, *rules})}")
