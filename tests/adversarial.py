@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from cases import On
 from composer.core import Algorithm, Event
 from composer.models import ComposerModel
 from torch import nn
@@ -290,19 +291,6 @@ def cross_entropy(model, outputs, fields: Fields) -> torch.Tensor:
     """Of each sample, from its definition."""
     rows = torch.arange(len(outputs))
     return outputs.exp().sum(1).log() - outputs[rows, fields["y"]]
-
-
-class On(Algorithm):
-    """An algorithm of a user's: ``function(state)`` on an event."""
-
-    def __init__(self, event: Event, function: Callable[[Any], None]):
-        self.event, self.function = event, function
-
-    def match(self, event, state):
-        return event == self.event
-
-    def apply(self, event, state, logger):
-        self.function(state)
 
 
 def changes_fields(function: Callable[[Fields], Fields]) -> Callable[[Form], Algorithm]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from adversarial import CLASSES, WIDTH, Fields, M, On, Row, Tiny, classified, cross_entropy, in_parts
+from adversarial import CLASSES, WIDTH, Fields, M, Row, Tiny, classified, cross_entropy, in_parts
 from adversarial_objective import ALL_FORMS, Tags, counted, summed_over_positions, tagged
+from cases import On
 from composer.core import Event
 from torch import nn
 

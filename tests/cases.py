@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from composer import Trainer
+from composer import Algorithm, Trainer
 from composer.models import ComposerClassifier
 from composer.utils import dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from composer_gradmatch import select_first
 
 NUM_CLASSES = 5
 
@@ -136,6 +138,52 @@ def make_trainer(model, train, algorithms, *, lr: float = 0.1, max_duration: str
         progress_bar=False,
         **kwargs,
     )
+
+
+#: Selects from all minibatches.
+ON = {"start": 0.0, "end": 1.0, "interrupt": 0}
+
+
+def fit(algorithms, model=None, data=None, batch_size=20, **kwargs):
+    """Trains an MLP for a batch, unless something else is asked for, with selection first."""
+    model = MLP.model() if model is None else model
+    train = loader(MLP.data(60) if data is None else data, batch_size)
+    trainer = make_trainer(model, train, algorithms, **{"algorithm_passes": [select_first], **kwargs})
+    trainer.fit()
+    return trainer
+
+
+class On(Algorithm):
+    """A user's algorithm: calls a function of the state on an event."""
+
+    def __init__(self, event, function):
+        self.event, self.function = event, function
+
+    def match(self, event, state):
+        return event == self.event
+
+    def apply(self, event, state, logger):
+        self.function(state)
+
+
+class Counting:
+    """A rule that remembers: it picks the next m samples at each call."""
+
+    def __init__(self, *, offset: int = 0):
+        self.offset, self.at = offset, offset
+
+    def reset(self):
+        self.at = self.offset
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+    def __call__(self, candidates, m):
+        self.at += 1
+        return (torch.arange(m) + self.at) % candidates.num_samples, None
 
 
 def record_selections(algorithm):

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from cases import record_selections
 from composer import Callback, DataSpec, Trainer
-from composer.core import Algorithm
 from composer.models import ComposerModel
 from torch import nn
 
@@ -50,19 +49,6 @@ class Net(ComposerModel):
 
     def loss(self, outputs, batch, reduction="mean"):
         return F.cross_entropy(outputs, self.items(batch)[1], reduction=reduction)
-
-
-class On(Algorithm):
-    """A user's algorithm: calls a function of the state on an event."""
-
-    def __init__(self, event, function):
-        self.event, self.function = event, function
-
-    def match(self, event, state):
-        return event == self.event
-
-    def apply(self, event, state, logger):
-        self.function(state)
 
 
 class AgainstOwn(Callback):

@@ -5,24 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import MLP, loader, make_trainer
+from cases import MLP, ON, fit, make_trainer
 from composer import Event
 from composer.models import ComposerClassifier, ComposerModel
 from selecting import SELECTING
 from torch import nn
 from torch.utils.data import DataLoader
 
-from composer_gradmatch import GradMatch, LossBackprop, RandomBackprop, select_first
-
-ON = {"start": 0.0, "end": 1.0, "interrupt": 0}
-
-
-def fit(algorithms, model=None, data=None, batch_size=20, **kwargs):
-    model = MLP.model() if model is None else model
-    train = loader(MLP.data(60) if data is None else data, batch_size)
-    trainer = make_trainer(model, train, algorithms, **{"algorithm_passes": [select_first], **kwargs})
-    trainer.fit()
-    return trainer
+from composer_gradmatch import GradMatch, LossBackprop, RandomBackprop
 
 
 class OpaqueLoss(ComposerClassifier):

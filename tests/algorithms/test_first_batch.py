@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import MLP, loader, make_trainer
-from composer import Algorithm, Event
+from cases import MLP, On, loader, make_trainer
+from composer import Event
 from composer.algorithms import LabelSmoothing
 from composer.models import ComposerModel
 from selecting import SELECTING
@@ -15,19 +15,6 @@ from torch.utils.data import DataLoader
 from composer_gradmatch import GradMatch, select_first
 
 LATE = {"start": 0.5, "end": 1.0, "interrupt": 0}
-
-
-class On(Algorithm):
-    """Calls a function of the state on an event."""
-
-    def __init__(self, event, function):
-        self.event, self.function = event, function
-
-    def match(self, event, state):
-        return event == self.event
-
-    def apply(self, event, state, logger):
-        self.function(state)
 
 
 class Keyed(ComposerModel):

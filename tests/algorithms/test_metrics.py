@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch.nn.functional as F
-from cases import MLP, loader, make_trainer
+from cases import MLP, ON, fit
 from composer import Callback
 from composer.algorithms import SelectiveBackprop
 from composer.loggers import InMemoryLogger
@@ -12,17 +12,7 @@ from composer.models import ComposerClassifier
 from selecting import LOOKING, SELECTING
 from torch.utils.data import TensorDataset
 
-from composer_gradmatch import GradMatch, select_first
-
-ON = {"start": 0.0, "end": 1.0, "interrupt": 0}
-
-
-def fit(algorithms, model=None, data=None, batch_size=20, **kwargs):
-    model = MLP.model() if model is None else model
-    train = loader(MLP.data(60) if data is None else data, batch_size)
-    trainer = make_trainer(model, train, algorithms, **{"algorithm_passes": [select_first], **kwargs})
-    trainer.fit()
-    return trainer
+from composer_gradmatch import GradMatch
 
 
 @pytest.mark.parametrize("algorithm_class", SELECTING)

@@ -7,21 +7,11 @@ import random
 import numpy as np
 import pytest
 import torch
-from cases import ANY_SIZE, BATCHNORM, MLP, loader, make_trainer
+from cases import ANY_SIZE, BATCHNORM, ON, fit
 from composer.algorithms import SelectiveBackprop
 from selecting import LOOKING
 
-from composer_gradmatch import LossBackprop, select_first
-
-ON = {"start": 0.0, "end": 1.0, "interrupt": 0}
-
-
-def fit(algorithms, model=None, data=None, batch_size=20, **kwargs):
-    model = MLP.model() if model is None else model
-    train = loader(MLP.data(60) if data is None else data, batch_size)
-    trainer = make_trainer(model, train, algorithms, **{"algorithm_passes": [select_first], **kwargs})
-    trainer.fit()
-    return trainer
+from composer_gradmatch import LossBackprop
 
 
 @pytest.mark.parametrize("algorithm_class", LOOKING)

@@ -7,22 +7,12 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import ANY_SIZE, MLP, loader, make_trainer, record_selections
+from cases import ANY_SIZE, ON, fit, record_selections
 from composer import Algorithm, Callback, Event
 from composer.algorithms import ColOut, CutMix, LabelSmoothing, MixUp, SelectiveBackprop
 from selecting import SELECTING
 
 from composer_gradmatch import GradMatch, RandomBackprop, select_first
-
-ON = {"start": 0.0, "end": 1.0, "interrupt": 0}
-
-
-def fit(algorithms, model=None, data=None, batch_size=20, **kwargs):
-    model = MLP.model() if model is None else model
-    train = loader(MLP.data(60) if data is None else data, batch_size)
-    trainer = make_trainer(model, train, algorithms, **{"algorithm_passes": [select_first], **kwargs})
-    trainer.fit()
-    return trainer
 
 
 class Spy(Algorithm):

@@ -6,7 +6,8 @@ import warnings
 
 import pytest
 import torch
-from changing_runs import KEEP, M, Net, On, batches, checked, count, dicts, fit, lists, tuples
+from cases import On
+from changing_runs import KEEP, M, Net, batches, checked, count, dicts, fit, lists, tuples
 from composer import Callback, DataSpec, Trainer
 from composer.algorithms import ColOut, CutOut, ProgressiveResizing
 from composer.core import Event

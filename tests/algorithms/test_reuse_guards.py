@@ -8,7 +8,8 @@ from types import MethodType
 import pytest
 import torch
 import torch.nn.functional as F
-from changing_runs import KEEP, M, Net, On, batches, checked, dicts, fit, lists, tuples
+from cases import On
+from changing_runs import KEEP, M, Net, batches, checked, dicts, fit, lists, tuples
 from composer.core import Event
 from torch import nn
 

@@ -7,7 +7,7 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BATCHNORM, CONV, MLP, loader, make_trainer
+from cases import BATCHNORM, CONV, MLP, Counting, loader, make_trainer
 from composer.loggers import InMemoryLogger
 
 from composer_gradmatch import (
@@ -146,26 +146,6 @@ def test_a_rule_that_returns_nonsense_fails_on_the_first_batch(rule, says, start
     with pytest.raises((TypeError, ValueError), match=f"'mine'.*{says}"):
         trainer.fit()
     assert int(trainer.state.timestamp.batch) == 0
-
-
-class Counting:
-    """Picks the next m samples at each call."""
-
-    def __init__(self, *, offset: int = 0):
-        self.offset, self.at = offset, offset
-
-    def reset(self):
-        self.at = self.offset
-
-    def state_dict(self):
-        return {"at": self.at}
-
-    def load_state_dict(self, state):
-        self.at = state["at"]
-
-    def __call__(self, candidates, m):
-        self.at += 1
-        return (torch.arange(m) + self.at) % candidates.num_samples, None
 
 
 COUNTING = Rule(Counting, needs="nothing", weighs=False)

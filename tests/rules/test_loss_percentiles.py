@@ -6,21 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import MLP, loader, make_trainer
+from cases import MLP, ON, fit
 from composer.algorithms.selective_backprop import select_using_loss
 
-from composer_gradmatch import Candidates, LossBackprop, select_first
+from composer_gradmatch import Candidates, LossBackprop
 from composer_gradmatch.rules.loss_percentiles import LossPercentiles, loss_percentiles, select_by_percentile
-
-ON = {"start": 0.0, "end": 1.0, "interrupt": 0}
-
-
-def fit(algorithms, model=None, data=None, batch_size=20, **kwargs):
-    model = MLP.model() if model is None else model
-    train = loader(MLP.data(60) if data is None else data, batch_size)
-    trainer = make_trainer(model, train, algorithms, **{"algorithm_passes": [select_first], **kwargs})
-    trainer.fit()
-    return trainer
 
 
 def test_loss_backprop_picks_what_select_using_loss_picks_for_the_same_draws(monkeypatch):

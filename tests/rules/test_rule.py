@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from cases import Counting
 
 from composer_gradmatch import Candidates, Rule
 from composer_gradmatch.rules import table
@@ -14,26 +15,6 @@ from composer_gradmatch.rules.table import RULES, all_rules, rule_named
 
 def first(candidates, m, *, skip=0):
     return torch.arange(skip, m + skip), None
-
-
-class Counting:
-    """Picks the next m samples at each call."""
-
-    def __init__(self, *, start: int = 0):
-        self.start, self.at = start, start
-
-    def reset(self):
-        self.at = self.start
-
-    def state_dict(self):
-        return {"at": self.at}
-
-    def load_state_dict(self, state):
-        self.at = state["at"]
-
-    def __call__(self, candidates, m):
-        self.at += 1
-        return (torch.arange(m) + self.at) % candidates.num_samples, None
 
 
 def test_a_functions_name_and_options_are_the_rules():
@@ -47,7 +28,7 @@ def test_a_functions_name_and_options_are_the_rules():
 
 def test_a_class_is_made_an_object_with_its_options_each_time():
     rule = Rule(Counting)
-    one, other = rule.with_options({"start": 3}).function, rule.with_options({"start": 3}).function
+    one, other = rule.with_options({"offset": 3}).function, rule.with_options({"offset": 3}).function
     assert one is not other
     assert one(Candidates(9), 1)[0].tolist() == [4]
     assert other.at == 3
