@@ -127,7 +127,7 @@ def loader(dataset: Dataset, batch_size: int, *, shuffle: bool = False, drop_las
     )
 
 
-def make_trainer(model, train, algorithms, *, lr: float = 0.1, max_duration: str = "1ba", **kwargs) -> Trainer:
+def make_trainer(model, train, algorithms, *, lr: float = 0.1, max_duration: str = "1ba", seed: int = 0, **kwargs):
     optimizers = kwargs.pop("optimizers", None) or torch.optim.SGD(model.parameters(), lr=lr)
     return Trainer(
         model=model,
@@ -135,6 +135,7 @@ def make_trainer(model, train, algorithms, *, lr: float = 0.1, max_duration: str
         algorithms=algorithms,
         optimizers=optimizers,
         max_duration=max_duration,
+        seed=seed,
         progress_bar=False,
         **kwargs,
     )

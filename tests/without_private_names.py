@@ -40,11 +40,11 @@ def import_module(name, package=None):
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent))
-    from cases import BATCHNORM, loader, make_trainer
-
     builtins.__import__, importlib.import_module = import_statement, import_module
     del batchnorm._BatchNorm
     del composer_trainer._generate_run_name
+
+    from cases import BATCHNORM, loader, make_trainer
 
     from composer_gradmatch import GradMatch, select_first
     from composer_gradmatch.forward.composer_private import _GHOST_BATCH_NORMS, generated_run_name
