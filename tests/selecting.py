@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import partial
+
 import pytest
 
 from composer_gradmatch.rules.table import RULES
@@ -11,8 +14,9 @@ __all__ = ["LOOKING", "SELECTING", "WEIGHING", "factory"]
 
 
 def factory(name):
-    """What makes the algorithm of a YAML name."""
-    return resolve("algorithm", name)
+    """What makes the algorithm of a YAML name, so that it selects in each step."""
+    made = resolve("algorithm", name)
+    return partial(made, switch="always") if "switch" in inspect.signature(made).parameters else made
 
 
 #: Factories of all algorithms that select, of those that look at samples, and of those that give weights.

@@ -7,6 +7,7 @@ import warnings
 from importlib.metadata import EntryPoint, entry_points
 
 from composer_gradmatch.rules.gradient_matching import gradient_matching
+from composer_gradmatch.rules.importance import ImportanceSampling
 from composer_gradmatch.rules.loss_percentiles import LossPercentiles
 from composer_gradmatch.rules.rule import Rule
 from composer_gradmatch.rules.uniform import uniform
@@ -22,6 +23,7 @@ RULES: dict[str, Rule] = {
     for rule in (
         Rule(gradient_matching, "gradmatch", takes_not_finite=True),
         Rule(LossPercentiles, "loss_backprop", needs="losses", weighs=False),
+        Rule(ImportanceSampling, "importance_backprop"),
         Rule(uniform, "random_backprop", needs="nothing", weighs=False),
     )
 }
