@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from cases import On
 from composer.core import Algorithm, Event
 from composer.models import ComposerModel
+from selecting import factory
 from torch import nn
 
 from composer_gradmatch import GradMatch, LossBackprop, RandomBackprop
 from composer_gradmatch.algorithms.subset_backprop import SubsetBackprop
 from composer_gradmatch.rules.rule import Rule
 from composer_gradmatch.rules.table import RULES
-from composer_gradmatch.train.registry import resolve
 
 Fields = dict[str, Any]
 
@@ -243,9 +243,9 @@ def _strategies_of(name: str, rule: Rule) -> Iterator[Strategy]:
         needs |= {"losses"}
     if rule.weighs:
         needs |= {"losses", "weights"}
-    yield Strategy(name, resolve("algorithm", name), needs, "any")
+    yield Strategy(name, factory(name), needs, "any")
     if rule.needs != "nothing":
-        yield Strategy(f"{name}-reuse", resolve("algorithm", name), needs, "any", _ONE_PASS)
+        yield Strategy(f"{name}-reuse", factory(name), needs, "any", _ONE_PASS)
 
 
 STRATEGIES += [
