@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from cases import CONV
 from launching import assert_step_is_the_weighted_mean, launch, read_ranks
 
@@ -32,3 +33,9 @@ def test_a_ddp_step_is_the_weighted_mean_over_both_ranks_picks(folder, number):
     if CASES[number][0] == "gradmatch":
         counts = [len(rank["weights"]) for rank in ranks]
         assert counts[0] != counts[1], "the ranks should have picked different numbers of samples"
+
+
+def test_ranks_that_see_other_samples_decide_alike_whether_to_look(folder):
+    one, other = (torch.load(folder / f"decided{rank}.pt") for rank in range(2))
+    assert one == other
+    assert len({step["is_on"] for step in one}) == 2, "it should have been on and off"
