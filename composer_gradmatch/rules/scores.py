@@ -6,7 +6,7 @@ import torch
 
 from composer_gradmatch.rules.picks import Picks, WholeBatch
 
-__all__ = ["by_descending", "check_num_picks", "largest", "per_sample_norms"]
+__all__ = ["by_descending", "check_num_picks", "filled_up", "largest", "per_sample_norms"]
 
 
 def check_num_picks(m: int, num_samples: int) -> None:
@@ -31,6 +31,25 @@ def by_descending(scores: torch.Tensor) -> torch.Tensor:
     scores = scores.to("cpu", torch.float64)
     shuffled = torch.randperm(len(scores))
     return shuffled[scores[shuffled].argsort(descending=True, stable=True)]
+
+
+def filled_up(picks: torch.Tensor, m: int, num_samples: int) -> torch.Tensor:
+    """Adds samples at random to picks, with torch's generator, until there are m.
+
+    Args:
+        picks (torch.Tensor): int64, shape (n,), n ≤ m, on the CPU.
+        m (int): Their number, at most M.
+        num_samples (int): M.
+
+    Returns:
+        torch.Tensor: int64, shape (m,), the given picks first.
+    """
+    if len(picks) == m:
+        return picks
+    others = torch.ones(num_samples, dtype=torch.bool)
+    others[picks] = False
+    rest = others.nonzero()[:, 0]
+    return torch.cat([picks, rest[torch.randperm(len(rest))[: m - len(picks)]]])
 
 
 def largest(scores: torch.Tensor, m: int) -> Picks | WholeBatch:

@@ -6,9 +6,13 @@ import difflib
 import warnings
 from importlib.metadata import EntryPoint, entry_points
 
+from composer_gradmatch.rules.calibrated import Calibrated
+from composer_gradmatch.rules.divbs import divbs
 from composer_gradmatch.rules.el2n import el2n
+from composer_gradmatch.rules.facility_location import facility_location
 from composer_gradmatch.rules.gradient_matching import gradient_matching
 from composer_gradmatch.rules.grand import grand
+from composer_gradmatch.rules.k_dpp import k_dpp
 from composer_gradmatch.rules.loss_percentiles import LossPercentiles
 from composer_gradmatch.rules.rank_based import RankBased
 from composer_gradmatch.rules.rule import Rule
@@ -33,6 +37,10 @@ RULES: dict[str, Rule] = {
         Rule(RankBased, "rank_based", needs="losses", weighs=False, color="#ff7f7f"),
         Rule(el2n, weighs=False, color="#9a6324"),
         Rule(grand, weighs=False, color="#5c3c92"),
+        Rule(Calibrated, "calibrated", color="#0000cd"),
+        Rule(facility_location, color="#66c2a5"),
+        Rule(divbs, weighs=False, color="#ff00aa"),
+        Rule(k_dpp, weighs=False, color="#aa4499"),
     )
 }
 
