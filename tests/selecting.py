@@ -10,7 +10,7 @@ from composer_gradmatch.rules.rule import Rule
 from composer_gradmatch.rules.table import RULES
 from composer_gradmatch.train.registry import resolve
 
-__all__ = ["LOOKING", "REPRESENTATIVES", "SELECTING", "WEIGHING", "factory", "param"]
+__all__ = ["LOOKING", "REPRESENTATIVES", "SELECTING", "WEIGHING", "factory", "kinds_of", "param"]
 
 
 def factory(name):

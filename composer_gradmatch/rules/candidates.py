@@ -118,11 +118,17 @@ class Candidates:
         """The samples' classes, int64, shape (M,): read from the batch's targets, whatever the rule needs.
 
         Raises:
-            ValueError: If there are none, or the targets are no classes.
+            ValueError: If there are none, or they are no classes.
         """
         if self._labels is None:
             raise ValueError("This rule asks for the samples' classes, but it was given none: Candidates(labels=...).")
-        return self._labels() if callable(self._labels) else self._labels.long()
+        labels = self._labels() if callable(self._labels) else self._labels
+        if labels.is_floating_point() or labels.shape != (self.num_samples,):
+            raise ValueError(
+                f"labels must be integers, one for each of the {self.num_samples} samples; got {labels.dtype} of shape "
+                f"{tuple(labels.shape)}."
+            )
+        return labels.long()
 
     @property
     def finite(self) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import Counting
+from selecting import REPRESENTATIVES, kinds_of
 
 import composer_gradmatch
 from composer_gradmatch import Candidates, Rule
@@ -75,6 +76,13 @@ def test_the_passes_follow_from_what_it_needs(needs, reuse, passes):
 def test_the_table_has_each_rule_under_its_own_name():
     assert list(RULES) == [rule.name for rule in RULES.values()]
     assert {"gradmatch", "loss_backprop", "random_backprop"} <= set(RULES)
+
+
+def test_one_rule_of_each_kind_stands_for_the_others_and_no_more():
+    kinds = set().union(*map(kinds_of, RULES.values()))
+    assert set().union(*(kinds_of(RULES[name]) for name in REPRESENTATIVES)) == kinds
+    assert len(REPRESENTATIVES) <= len(kinds)
+    assert {"gradmatch", "loss_backprop", "random_backprop"} <= REPRESENTATIVES < RULES.keys()
 
 
 def test_the_readme_tells_each_rule_as_its_record_does():
