@@ -32,7 +32,7 @@ RULES: dict[str, Rule] = {
     for rule in (
         Rule(gradient_matching, "gradmatch", takes_not_finite=True),
         Rule(LossPercentiles, "loss_backprop", needs="losses", weighs=False),
-        Rule(ImportanceSampling, "importance_backprop"),
+        Rule(ImportanceSampling, "importance_backprop", color="#808000"),
         Rule(uniform, "random_backprop", needs="nothing", weighs=False),
         Rule(stratified, needs="nothing", color="#17becf"),
         Rule(top_loss, needs="losses", weighs=False, color="#e6194b"),

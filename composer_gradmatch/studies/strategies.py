@@ -65,18 +65,16 @@ STRATEGIES: dict[str, Strategy] = {
     for strategy in (
         Strategy("gradmatch", "gradmatch", 2, "#0173b2", "o"),
         Strategy("loss", "loss_backprop", 2, "#de8f05", "s"),
-        Strategy("importance", "importance_backprop", 2, "#56b4e9", "<"),
         Strategy("random", "random_backprop", 0, "#029e73", "^"),
         Strategy("selective_backprop", "selective_backprop", 2, "#d55e00", "D"),
         Strategy("gradmatch_reuse", "gradmatch", 1, "#cc78bc", "P", _REUSE),
         Strategy("loss_reuse", "loss_backprop", 1, "#ca9161", "v", _REUSE),
-        Strategy("importance_reuse", "importance_backprop", 1, "#949494", ">", _REUSE),
         Strategy("full", None, 0, "#404040", "X"),
     )
 }
 #: For strategies without a colour of their own: the rest of "colorblind", and darker ones.
-_MORE_COLORS = ("#fbafe4", "#ece133", "#882255", "#332288", "#117733", "#999933")
-_MORE_MARKERS = ("p", "h", "d", "*", "8")  # One fewer, so that pairs differ for long.
+_MORE_COLORS = ("#56b4e9", "#949494", "#fbafe4", "#ece133", "#882255", "#332288", "#117733", "#999933")
+_MORE_MARKERS = ("<", ">", "p", "h", "d", "*", "8")  # One fewer, so that pairs differ for long.
 #: What makes the selection pass another one than the training step's.
 _OWN_PASS = ("scale_factor", "selection_microbatch_size", "selection_precision")
 _ALWAYS = {"start": 0.0, "end": 1.0, "interrupt": 0}
