@@ -35,7 +35,7 @@ def candidates_of(
     losses: torch.Tensor,
     parts: Sequence[LayerGradients],
     layer: nn.Linear,
-    labels: Callable[[], torch.Tensor],
+    labels: Callable[[], torch.Tensor] | None = None,
 ) -> Candidates:
     """Makes candidates of what was seen at the output layer.
 
@@ -44,7 +44,7 @@ def candidates_of(
         losses (torch.Tensor): ℓ, shape (M,).
         parts (Sequence[LayerGradients]): H and P, in the order of the samples.
         layer (nn.Linear): The output layer.
-        labels (Callable): Reads the samples' classes.
+        labels (Callable, optional): Reads the samples' classes. Default: ``None``.
     """
 
     def gram() -> torch.Tensor:

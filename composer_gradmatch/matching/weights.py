@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -70,8 +70,8 @@ def matching_residual(gram: Array, target: Array, indices: Array, weights: Array
         np.ndarray | torch.Tensor: The residual, a scalar of the same kind, on the device of ``gram``; 0 for a perfect
         match, NaN if ‖ḡ‖ = 0.
     """
-    unit = weights / len(weights)
-    mean_squared = target.mean()
+    unit: Any = weights / len(weights)
+    mean_squared: Any = target.mean()
     error = unit @ gram[indices][:, indices] @ unit - 2 * unit @ target[indices] + mean_squared
     if isinstance(mean_squared, torch.Tensor):
         return torch.where(mean_squared > 0, error.clamp(min=0) / mean_squared, torch.nan)
@@ -80,4 +80,4 @@ def matching_residual(gram: Array, target: Array, indices: Array, weights: Array
 
 def effective_sample_size(weights: Array) -> Array:
     """Computes Kish's effective sample size (Σw)²/Σw², a scalar: n for n equal weights, 1 if one carries everything."""
-    return weights.sum() ** 2 / (weights**2).sum()
+    return weights.sum() ** 2 / (weights**2).sum()  # pyright: ignore[reportReturnType]
