@@ -74,7 +74,7 @@ def matching_residual(gram: Array, target: Array, indices: Array, weights: Array
     mean_squared: Any = target.mean()
     error = unit @ gram[indices][:, indices] @ unit - 2 * unit @ target[indices] + mean_squared
     if isinstance(mean_squared, torch.Tensor):
-        return torch.where(mean_squared > 0, error.clamp(min=0) / mean_squared, torch.nan)
+        return torch.where(mean_squared > 0, error.clamp(min=0) / mean_squared, torch.nan)  # pyright: ignore[reportReturnType]
     return error.clip(min=0) / mean_squared if mean_squared > 0 else mean_squared * np.nan
 
 
