@@ -1,0 +1,132 @@
+"""InfoBatch and KAKURENBO: what is left, its weights, and what keep bounds."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from composer_gradmatch import Candidates
+from composer_gradmatch.rules.infobatch import InfoBatch
+from composer_gradmatch.rules.kakurenbo import Kakurenbo
+
+LOSSES = torch.tensor([0.1, 3.0, 0.2, 0.9, 0.05, 0.4, 5.0, 0.3, 0.0, 0.6])  # Mean 1.055, of which two are above.
+
+
+def seen(losses=LOSSES):
+    return Candidates(len(losses), losses=losses)
+
+
+@pytest.mark.parametrize("prune", [0.0, 0.25, 0.5, 0.9])
+def test_infobatch_keeps_high_losses_and_a_part_of_the_others(prune):
+    torch.manual_seed(0)
+    kept = {0.0: 8, 0.25: 6, 0.5: 4, 0.9: 1}[prune]
+    for _ in range(20):
+        picks = InfoBatch(prune=prune)(seen(), 10)
+        counts = dict(zip(picks.indices.tolist(), picks.weights.tolist(), strict=True))
+        assert len(counts) == len(picks.indices) == 2 + kept
+        share = (2 + kept) / 10
+        assert counts.pop(1) == counts.pop(6) == pytest.approx(share)
+        assert list(counts.values()) == pytest.approx([share * 8 / kept] * kept)
+        assert picks.metrics == {"fraction_left": share}
+
+
+@pytest.mark.parametrize("m", [10, 4])
+@pytest.mark.parametrize("prune", [0.5, 0.8])
+def test_infobatchs_weighted_mean_is_unbiased_also_where_keep_binds(m, prune):
+    torch.manual_seed(1)
+    gradients = torch.randn(10, 3, dtype=torch.float64) * (1 + LOSSES[:, None])
+    rule, draws = InfoBatch(prune=prune), 8000
+    steps = torch.empty(draws, 3, dtype=torch.float64)
+    sizes = set()
+    for i in range(draws):
+        picks = rule(seen(), m)
+        steps[i] = sum(w * gradients[j] for j, w in zip(picks.indices, picks.weights, strict=True)) / len(picks.indices)
+        sizes.add(len(picks.indices))
+    assert sizes == {min(m, {0.5: 6, 0.8: 4}[prune])}
+    errors = steps.std(0) / math.sqrt(draws)
+    assert (errors > 0).all()
+    assert ((steps.mean(0) - gradients.mean(0)).abs() < 4.5 * errors).all()
+
+
+def test_infobatch_draws_each_low_loss_as_often():
+    torch.manual_seed(2)
+    counts, draws = torch.zeros(10), 4000
+    for _ in range(draws):
+        counts[InfoBatch()(seen(), 10).indices] += 1
+    high = torch.tensor([1, 6])
+    assert (counts[high] == draws).all()
+    counts[high] = draws / 2
+    assert ((counts / draws - 0.5).abs() < 4.5 * 0.5 / math.sqrt(draws)).all()
+
+
+@pytest.mark.parametrize("losses", [[0.1] * 3, [0.0] * 5, [2.0]])
+def test_infobatch_keeps_all_of_equal_losses(losses):
+    picks = InfoBatch()(seen(torch.tensor(losses)), len(losses))
+    assert picks.indices.tolist() == list(range(len(losses)))
+    assert picks.weights.tolist() == [1.0] * len(losses)
+
+
+def classified():
+    generator = torch.Generator().manual_seed(3)
+    logits = 3 * torch.randn(60, 4, generator=generator).double()
+    return logits, torch.randint(4, (60,), generator=generator)
+
+
+@pytest.mark.parametrize("hide", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("confidence", [0.5, 0.7, 0.95])
+def test_kakurenbo_moves_back_what_is_mispredicted_or_not_sure(hide, confidence):
+    logits, labels = classified()
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    picks = Kakurenbo(hide=hide, confidence=confidence)(seen(losses), 60)
+    # As the paper says it, by predictions, one sample after the other.
+    left = []
+    for i in range(60):
+        probabilities = logits[i].softmax(0)
+        rank = sum(float(other) < float(losses[i]) for other in losses)
+        sure = int(probabilities.argmax()) == int(labels[i]) and float(probabilities.max()) >= confidence
+        if rank >= int(hide * 60) or not sure:
+            left.append(i)
+    assert picks.indices.tolist() == left
+    assert picks.weights is None
+    assert picks.metrics == {"fraction_left": len(left) / 60}
+
+
+def test_kakurenbo_hides_by_rank_alone_where_nothing_is_moved_back():
+    assert Kakurenbo(hide=0.5, confidence=None)(seen(), 10).indices.tolist() == [1, 3, 5, 6, 9]
+    assert Kakurenbo(hide=0.5, confidence=0.8)(seen(), 10).indices.tolist() == [1, 3, 5, 6, 7, 9]  # 0.3 > −log 0.8.
+
+
+def test_kakurenbo_draws_among_equal_losses_and_what_keep_allows():
+    torch.manual_seed(4)
+    equal = {tuple(Kakurenbo(hide=0.5)(seen(torch.zeros(4)), 4).indices.tolist()) for _ in range(80)}
+    assert len(equal) == 6
+    drawn = [Kakurenbo(hide=0.5, confidence=None)(seen(), 2).indices.tolist() for _ in range(80)]
+    assert {len(each) for each in drawn} == {2}
+    assert {i for each in drawn for i in each} == {1, 3, 5, 6, 9}
+
+
+@pytest.mark.parametrize("rule", [InfoBatch(), Kakurenbo()], ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize("m", [0, 11])
+def test_more_picks_than_samples_are_refused(rule, m):
+    with pytest.raises(ValueError, match="m must be between 1 and the number of samples, 10"):
+        rule(seen(), m)
+
+
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        (InfoBatch, {"prune": 1.0}),
+        (InfoBatch, {"prune": -0.1}),
+        (InfoBatch, {"prune": math.nan}),
+        (Kakurenbo, {"hide": 1.0}),
+        (Kakurenbo, {"hide": math.nan}),
+        (Kakurenbo, {"confidence": 0.4}),
+        (Kakurenbo, {"confidence": 1.0}),
+    ],
+)
+def test_options_out_of_range_are_refused(rule, options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be in"):
+        rule(**options)
