@@ -19,13 +19,18 @@ def seen(losses=LOSSES):
     return Candidates(len(losses), losses=losses)
 
 
+def weighted(picks):
+    """Pairs of a pick and its weight."""
+    return list(zip(picks.indices.tolist(), picks.weights.tolist(), strict=True))
+
+
 @pytest.mark.parametrize("prune", [0.0, 0.25, 0.5, 0.9])
 def test_infobatch_keeps_high_losses_and_a_part_of_the_others(prune):
     torch.manual_seed(0)
     kept = {0.0: 8, 0.25: 6, 0.5: 4, 0.9: 1}[prune]
     for _ in range(20):
         picks = InfoBatch(prune=prune)(seen(), 10)
-        counts = dict(zip(picks.indices.tolist(), picks.weights.tolist(), strict=True))
+        counts = dict(weighted(picks))
         assert len(counts) == len(picks.indices) == 2 + kept
         share = (2 + kept) / 10
         assert counts.pop(1) == counts.pop(6) == pytest.approx(share)
@@ -42,9 +47,9 @@ def test_infobatchs_weighted_mean_is_unbiased_also_where_keep_binds(m, prune):
     steps = torch.empty(draws, 3, dtype=torch.float64)
     sizes = set()
     for i in range(draws):
-        picks = rule(seen(), m)
-        steps[i] = sum(w * gradients[j] for j, w in zip(picks.indices, picks.weights, strict=True)) / len(picks.indices)
-        sizes.add(len(picks.indices))
+        drawn = weighted(rule(seen(), m))
+        steps[i] = torch.stack([weight * gradients[pick] for pick, weight in drawn]).sum(0) / len(drawn)
+        sizes.add(len(drawn))
     assert sizes == {min(m, {0.5: 6, 0.8: 4}[prune])}
     errors = steps.std(0) / math.sqrt(draws)
     assert (errors > 0).all()
@@ -64,9 +69,7 @@ def test_infobatch_draws_each_low_loss_as_often():
 
 @pytest.mark.parametrize("losses", [[0.1] * 3, [0.0] * 5, [2.0]])
 def test_infobatch_keeps_all_of_equal_losses(losses):
-    picks = InfoBatch()(seen(torch.tensor(losses)), len(losses))
-    assert picks.indices.tolist() == list(range(len(losses)))
-    assert picks.weights.tolist() == [1.0] * len(losses)
+    assert weighted(InfoBatch()(seen(torch.tensor(losses)), len(losses))) == [(i, 1.0) for i in range(len(losses))]
 
 
 def classified():
