@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
-__all__ = ["NUMBER_KEY", "NumberedSamples", "Numbering", "number_samples"]
+__all__ = ["NUMBER_KEY", "NumberedSamples", "Numbering", "number_samples", "without_numbers"]
 
 #: Where a numbered batch that is a mapping has the numbers.
 NUMBER_KEY = "sample_number"
@@ -117,6 +117,11 @@ def number_samples(dataset: Any, collate_fn: Callable[[list[Any]], Any] | None =
     return NumberedSamples(dataset, collate_fn)
 
 
+def without_numbers(batch: Any) -> Any:
+    """Takes the numbers of :func:`number_samples` out of a batch, which is not changed itself."""
+    return _without_number(batch)[0]
+
+
 class Numbering:
     """Takes the numbers out of a run's batches.
 
@@ -152,7 +157,7 @@ class Numbering:
                 "numbered and collate_fn=numbered.collate_fn; or name numbers that batches already have by "
                 "sample_id_key."
             )
-        found = numbered if self.key is None else dataset
+        found: Any = numbered if self.key is None else dataset
         try:
             size = len(found)
         except TypeError:

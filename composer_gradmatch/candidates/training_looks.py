@@ -11,7 +11,9 @@ from torch.utils.hooks import RemovableHandle
 from composer_gradmatch.batches import copy_batch
 from composer_gradmatch.candidates.sample_store import Seen
 from composer_gradmatch.candidates.watched_layer import WatchedLayer
+from composer_gradmatch.forward.ranks import unwrap
 from composer_gradmatch.forward.selection_pass import SelectionPass
+from composer_gradmatch.forward.traceless import Moment
 from composer_gradmatch.last_layer import first_input
 
 __all__ = ["TrainingLooks"]
@@ -72,12 +74,15 @@ class TrainingLooks:
             return
         n, batch, grads = len(numbers), copy_batch(state.batch), None
         needs_graph = with_grads and outputs is not None and outputs.requires_grad
-        with self.selection_pass.no_trace(state), torch.set_grad_enabled(needs_graph):
+        # Of the training pass, whose graph holds buffers: only what has changed is put back.
+        before = Moment.now(unwrap(state.model))
+        with torch.set_grad_enabled(needs_graph):
             with self.selection_pass.precision(state):
                 losses = self.selection_pass.losses_of(state, state.outputs, batch, n)
             if needs_graph:
                 assert outputs is not None
                 (grads,) = torch.autograd.grad(losses.sum(), outputs, retain_graph=True, allow_unused=True)
+        before.restore()
         if with_grads and grads is None:
             return
         dim = 0 if self.layer is None else self.layer.sample_dim or 0

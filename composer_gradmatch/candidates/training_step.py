@@ -12,7 +12,9 @@ from torch.utils.hooks import RemovableHandle
 from composer_gradmatch.batches import copy_batch
 from composer_gradmatch.candidates.two_passes import candidates_of
 from composer_gradmatch.candidates.watched_layer import WatchedLayer
+from composer_gradmatch.forward.ranks import unwrap
 from composer_gradmatch.forward.selection_pass import SelectionPass
+from composer_gradmatch.forward.traceless import Moment
 from composer_gradmatch.last_layer import first_input
 from composer_gradmatch.last_layer.gradients import LayerGradients
 from composer_gradmatch.rules.candidates import Candidates
@@ -90,8 +92,11 @@ class TrainingStep:
         if self.with_losses:
             now = self._microbatches[-1]
             batch = copy_batch(state.batch)
-            with self.selection_pass.no_trace(state), self.selection_pass.precision(state):
+            # Of the training pass, whose graph holds buffers: only what has changed is put back.
+            before = Moment.now(unwrap(state.model))
+            with self.selection_pass.precision(state):
                 now.losses = self.selection_pass.losses_of(state, state.outputs, batch, now.num_samples).detach()
+            before.restore()
 
     def end(self, state: State, num_samples: int) -> Candidates | None:
         """Gives what was seen of the step's samples, and forgets it; None where that is not all of them.

@@ -8,6 +8,7 @@ from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
+from composer_gradmatch.algorithms.subset_backprop import SubsetBackprop
 from composer_gradmatch.batches import tensor_leaves
 
 __all__ = ["RunSummary"]
@@ -24,6 +25,8 @@ class RunSummary(LoggerDestination):
         "matching_residual": "mean matching residual",
         "effective_sample_size": "mean effective sample size",
         "step_length": "mean step length",
+        "fraction_looked_at": "mean share looked at",
+        "suspects": "mean suspects a minibatch",
     }
 
     def __init__(self) -> None:
@@ -91,6 +94,7 @@ class RunSummary(LoggerDestination):
             if count and kind in self.MEANS:
                 rows.append((self.MEANS[kind], f"{total / count:.3g}"))
         rows += self._prediction()
+        rows += _suspects_found(state)
         if self.trained_whole:
             rows.append(("batches trained whole", f"{self.trained_whole:,}"))
         if self.not_matched:
@@ -118,3 +122,19 @@ class RunSummary(LoggerDestination):
                 )
             )
         return rows
+
+
+def _suspects_found(state: State) -> list[tuple[str, str]]:
+    """Tells how many samples are suspected at the end and, of injected noise, how rightly."""
+    stores = [each.selector.store for each in state.algorithms if isinstance(each, SubsetBackprop)]
+    store = next((each for each in stores if each is not None and each.suspects is not None), None)
+    if store is None:
+        return []
+    found = store.suspected()
+    text = f"{len(found):,} of {store.numbering.size:,} samples"
+    dataset: Any = getattr(state.train_dataloader, "dataset", None)
+    noisy = None if dataset is None else getattr(dataset, "wrong_indices", None)
+    if noisy is not None and len(found):
+        right = len(set(found.tolist()) & set(noisy.tolist()))
+        text += f"; of wrong labels: precision {right / len(found):.2f}, recall {right / max(1, len(noisy)):.2f}"
+    return [("suspects", text)]
