@@ -92,10 +92,9 @@ class PickCounts:
         return whole
 
     def latest(self) -> dict[str, np.ndarray]:
-        """Gives the last loss and norm of each sample: the epoch's, else those known before; NaN where there is none."""
-        return {
-            name: np.where(np.isnan(getattr(self, name)), self.known[name], getattr(self, name)) for name in _VALUES
-        }
+        """Gives the last loss and norm of each sample: the epoch's, else those known before; NaN if there is none."""
+        of_epoch = {name: getattr(self, name) for name in _VALUES}
+        return {name: np.where(np.isnan(values), self.known[name], values) for name, values in of_epoch.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Tells what a checkpoint keeps."""

@@ -28,10 +28,10 @@ __all__ = ["SelectionLog"]
 class SelectionLog(Callback):
     """Writes ``selection_log/ep{epoch}.parquet`` after each epoch, and for one that was begun when training ends.
 
-    It needs a selecting algorithm with ``refresh``, which knows the samples' numbers. A row has ``epoch`` (from 1, as in
-    the names of checkpoints), ``sample`` (its number), ``visits`` (how often it was in a minibatch of the epoch),
+    It needs a selecting algorithm with ``refresh``, which knows the samples' numbers. A row has ``epoch`` (from 1, as
+    in the names of checkpoints), ``sample`` (its number), ``visits`` (how often it was in a minibatch of the epoch),
     ``picked`` (how often it was trained on, with a weight other than zero), ``mean_weight`` (of those steps), and
-    ``loss`` and ``gradient_norm`` (of the last layer) as its rule last saw them, in this epoch or before; null where
+    ``loss`` and ``gradient_norm`` (of the last layer) as the rule last saw them, in this epoch or before; null where
     they are not known. In steps that are not selected from, all samples of the minibatch count as picked, with
     weight one. Counts are of all ranks; rank 0 writes. A run resumed in mid-epoch goes on counting.
 

@@ -7,8 +7,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import MLP, ON, make_trainer
+from composer.utils import dist
+from oracles import weighted_gradient
+from torch.utils.data import DataLoader
 
-from composer_gradmatch import Candidates
+from composer_gradmatch import Candidates, RuleBackprop, number_samples
 from composer_gradmatch.rules.infobatch import InfoBatch
 from composer_gradmatch.rules.kakurenbo import Kakurenbo
 
@@ -43,7 +47,7 @@ def test_infobatch_keeps_high_losses_and_a_part_of_the_others(prune):
 def test_infobatchs_weighted_mean_is_unbiased_also_where_keep_binds(m, prune):
     torch.manual_seed(1)
     gradients = torch.randn(10, 3, dtype=torch.float64) * (1 + LOSSES[:, None])
-    rule, draws = InfoBatch(prune=prune), 8000
+    rule, draws = InfoBatch(prune=prune), 3000
     steps = torch.empty(draws, 3, dtype=torch.float64)
     sizes = set()
     for i in range(draws):
@@ -70,6 +74,23 @@ def test_infobatch_draws_each_low_loss_as_often():
 @pytest.mark.parametrize("losses", [[0.1] * 3, [0.0] * 5, [2.0]])
 def test_infobatch_keeps_all_of_equal_losses(losses):
     assert weighted(InfoBatch()(seen(torch.tensor(losses)), len(losses))) == [(i, 1.0) for i in range(len(losses))]
+
+
+def test_a_step_is_along_infobatchs_weighted_mean():
+    """In microbatches, with weights brought into losses of which no gradient was looked at."""
+    data = number_samples(MLP.data(20))
+    inputs, targets = MLP.data(20).tensors
+    model, algorithm = MLP.model(), RuleBackprop("infobatch", **ON, keep=0.9, refresh="1ep")
+    before = [p.detach().clone() for p in model.parameters()]
+    train = DataLoader(data, 20, sampler=dist.get_sampler(data), collate_fn=data.collate_fn)
+    make_trainer(model, train, [algorithm], device_train_microbatch_size=3).fit()
+    picks = algorithm.last_selection
+    assert picks is not None
+    weights = torch.tensor([weight for _, weight in weighted(picks)])
+    assert len(weights.unique()) == 2
+    expected = weighted_gradient(MLP.model().module, inputs[picks.indices], targets[picks.indices], weights)
+    for old, new, gradient in zip(before, model.parameters(), expected, strict=True):
+        torch.testing.assert_close(new.detach() - old, (-0.1 * gradient).float(), rtol=1e-4, atol=1e-6)
 
 
 def classified():
