@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from composer_gradmatch.studies import picks
 from composer_gradmatch.studies.options import fraction
 from composer_gradmatch.studies.registry import STUDIES
 from composer_gradmatch.studies.strategies import all_strategies
@@ -35,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
         own = studies.add_parser(study.name, help=study.help, description=study.help)
         _add_shared(own, study)
         study.options(own)
+    picks.add_parser(studies)
     return parser
 
 
@@ -66,6 +68,8 @@ def _add_shared(parser: argparse.ArgumentParser, study: Study) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line: returns the exit code, 2 for what cannot be run, 1 if every run failed."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == [picks.NAME]:
+        return picks.run(_parser().parse_args(words))
     overrides = [word for word in words if "=" in word and not word.startswith("-")]
     arguments = _parser().parse_args([word for word in words if word not in overrides])
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
