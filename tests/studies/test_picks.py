@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -93,8 +94,8 @@ def test_a_runs_report(run, tmp_path, capsys, monkeypatch):
     }
     assert (tmp_path / "out" / "summary.md").read_text() in printed
     assert "picked: gradmatch, keep 0.3; epochs 1 to 2; 1,437 samples." in printed
-    samples = pd.read_csv(tmp_path / "out" / "samples.csv", index_col="sample")
-    log = pd.read_parquet(run / "selection_log")
+    samples: Any = pd.read_csv(tmp_path / "out" / "samples.csv", index_col="sample")
+    log: Any = pd.read_parquet(run / "selection_log")
     picked = log.groupby("sample")["picked"].sum()
     assert (samples["picked"] == picked[samples.index]).all()
     assert picked.sum() == 11 * 128 + 11 * 38  # All of the first epoch's minibatches, m of each of the second's.

@@ -113,7 +113,7 @@ def draw_wrong(samples: Table, wrong: np.ndarray, path: Path, title: str) -> Non
         left.plot(false, true, color=color, linestyle=line, label=f"{label} (area {area:.3f})")
     left.plot([0, 1], [0, 1], color="#949494", linewidth=1)
     left.set(xlabel="right labels called wrong", ylabel="wrong labels found", title="ROC curves")
-    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=8)
+    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.24), fontsize=8)
     _scatter(right, samples, wrong)
     figure.suptitle(title, fontsize=10)
     save(figure, path)
