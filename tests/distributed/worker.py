@@ -15,8 +15,9 @@ from composer.core import Event
 from composer.utils import dist, get_device
 from launching import save_step
 from selecting import factory
+from torch.utils.data import DataLoader
 
-from composer_gradmatch import ImportanceBackprop, select_first
+from composer_gradmatch import GradMatch, ImportanceBackprop, number_samples, select_first
 
 
 def make_step(folder, name, microbatch_size, shorter):
@@ -54,8 +55,19 @@ def decide(folder):
     torch.save(decided, folder / f"decided{dist.get_global_rank()}.pt")
 
 
+def store(folder):
+    """What is stored after some epochs, in which samples move between the ranks; nothing is learned."""
+    algorithm = GradMatch(start=0.0, end=1.0, keep=0.2, interrupt=0, refresh="2ep", suspects={"after": "9ep"})
+    data = number_samples(CONV.data(48))
+    sampler = dist.get_sampler(data, shuffle=True)
+    train = DataLoader(data, 12, sampler=sampler, collate_fn=data.collate_fn)
+    make_trainer(CONV.model(), train, [algorithm], algorithm_passes=[select_first], max_duration="3ep", lr=0.0).fit()
+    torch.save(algorithm.selector.store.store.state_dict(), folder / f"store{dist.get_global_rank()}.pt")
+
+
 if __name__ == "__main__":
     dist.initialize_dist(get_device("cpu"))
     for number, case in enumerate(json.loads(sys.argv[2])):
         make_step(Path(sys.argv[1]) / str(number), *case)
     decide(Path(sys.argv[1]))
+    store(Path(sys.argv[1]))
