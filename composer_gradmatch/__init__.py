@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from composer_gradmatch.algorithms.select_first import select_first
     from composer_gradmatch.last_layer import last_layer_gram
     from composer_gradmatch.matching import gram_omp, normalize_weights
+    from composer_gradmatch.registered import register
     from composer_gradmatch.rules.candidates import Candidates
     from composer_gradmatch.rules.picks import Picks, WholeBatch
     from composer_gradmatch.rules.rule import Rule
@@ -34,6 +35,7 @@ __all__ = [
     "gram_omp",
     "last_layer_gram",
     "normalize_weights",
+    "register",
     "select_first",
     "select_using_gradient_matching",
 ]
@@ -51,6 +53,7 @@ _MODULES = {
     "gram_omp": "matching",
     "last_layer_gram": "last_layer",
     "normalize_weights": "matching",
+    "register": "registered",
     "select_first": "algorithms.select_first",
     "select_using_gradient_matching": "algorithms.functional",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -52,13 +52,13 @@ def matching_residual(gram: Array, target: Array, indices: Array, weights: Array
         match, NaN if ‖ḡ‖ = 0.
     """
     unit = weights / len(weights)
-    mean_squared = target.mean()
-    error = unit @ gram[indices][:, indices] @ unit - 2 * unit @ target[indices] + mean_squared
+    mean_squared: Any = target.mean()
+    error: Any = unit @ gram[indices][:, indices] @ unit - 2 * unit @ target[indices] + mean_squared
     if isinstance(mean_squared, torch.Tensor):
-        return torch.where(mean_squared > 0, error.clamp(min=0) / mean_squared, torch.nan)
+        return torch.where(mean_squared > 0, error.clamp(min=0) / mean_squared, torch.nan)  # pyright: ignore[reportReturnType]
     return error.clip(min=0) / mean_squared if mean_squared > 0 else mean_squared * np.nan
 
 
 def effective_sample_size(weights: Array) -> Array:
     """Computes Kish's effective sample size (Σw)²/Σw², a scalar: n for n equal weights, 1 if one carries everything."""
-    return weights.sum() ** 2 / (weights**2).sum()
+    return weights.sum() ** 2 / (weights**2).sum()  # pyright: ignore[reportReturnType]

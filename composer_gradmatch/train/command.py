@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from composer_gradmatch.train.config import ConfigError, load_config
+from composer_gradmatch.train.register_files import add_register, load_files
 from composer_gradmatch.train.trainer import train
 
 __all__ = ["main"]
@@ -27,7 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="replaces a value: algorithms.gradmatch.keep=0.1"
     )
-    arguments = parser.parse_args(argv)
+    add_register(parser)
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        load_files(arguments.register)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
     try:
         train(load_config(arguments.config, arguments.overrides))
     except ConfigError as error:

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 __all__ = [
     "ConfigError",
     "argument_problems",
+    "hints_of",
     "load_config",
     "matches",
     "nearest",
@@ -147,7 +148,7 @@ def argument_problems(
     kinds = {p.kind for p in signature.parameters.values()}
     # A base class that takes any positional arguments too takes none of them to heart.
     open_ended = inspect.Parameter.VAR_KEYWORD in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds
-    hints = _hints(factory)
+    hints = hints_of(factory)
     problems = []
     for key, value in arguments.items():
         if key not in named:
@@ -164,7 +165,8 @@ def argument_problems(
     return problems
 
 
-def _hints(factory: Callable[..., Any]) -> dict[str, Any]:
+def hints_of(factory: Callable[..., Any]) -> dict[str, Any]:
+    """Gives the types of a function's or a class's parameters, as far as they can be told."""
     function = factory.__init__ if inspect.isclass(factory) else factory
     try:
         return typing.get_type_hints(function)
