@@ -92,6 +92,16 @@ def run_python(text: str, path: Path, names: dict[str, Any]) -> int:
     return len(python)
 
 
+def write_files(text: str, folder: Path) -> list[Path]:
+    """Writes the files that a document shows: the Python blocks whose first line is a comment with their name."""
+    written = []
+    for block in blocks(text):
+        if block.language == "python" and (name := re.match(r"# (\w+\.py)\n", block.code)):
+            written.append(folder / name[1])
+            written[-1].write_text(block.code)
+    return written
+
+
 def link_problems(text: str, path: Path, repository: str | None = REPOSITORY) -> list[str]:
     """Links and figures that lead nowhere.
 

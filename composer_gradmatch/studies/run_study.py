@@ -75,7 +75,7 @@ def _make(store: Store, runs: Sequence[Run], jobs: int, retry_failed: bool) -> N
     missing = [run for run in runs if not store.has(run, retry_failed)]
     label = {"total": len(runs), "initial": len(runs) - len(missing), "desc": study.name}
     with tqdm(**label, unit="run", dynamic_ncols=True) as bar:
-        task = partial(do_run, study.task, files=list(loaded_files()))
+        task = partial(do_run, study.task, files=loaded_files())
         for run, record in run_all(task, missing, jobs, store.folder / "logs"):
             store.save(run, record)
             if record.error:
