@@ -24,7 +24,7 @@ _COMMENTS = {
     "global_train_batch_size": "M, the minibatch that samples are selected from, over all processes.",
     "model": "A module without a loss of its own needs num_classes; it is trained with cross-entropy.",
     "eval_loader": "Evaluated after each epoch.",
-    "algorithms": "The strategy: gradmatch, random_backprop, ... or a rule's name; with null, everything is trained on.",
+    "algorithms": "The strategy: gradmatch, random_backprop, ..., or a rule's name; null trains on everything.",
     "save_folder": "Checkpoints, logs and this config; null for none.",
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from composer_gradmatch.train import check_config
@@ -32,13 +34,13 @@ def test_it_writes_a_config_that_is_right(model, data, capsys):
 def test_what_has_a_default_stands_in_a_comment_and_what_has_none_is_to_be_given(capsys):
     assert main(["--init", "text.yaml", "--model", "bert", "--data", "imdb", "model.pretrained=tiny"]) == 0
     assert "Give train_loader.dataset.tokenizer, eval_loader.dataset.tokenizer in it" in capsys.readouterr().out
-    text = open("text.yaml").read()
+    text = Path("text.yaml").read_text()
     assert "  # num_labels: 2  # int\n" in text
     assert "  # dataset.download: false  # bool\n" in text
     assert main(["text.yaml"]) == 2
     assert "Missing mandatory value: tokenizer" in capsys.readouterr().err
     text = text.replace("'???'", "tiny").replace("  # num_labels", "  num_labels")
-    open("text.yaml", "w").write(text)
+    Path("text.yaml").write_text(text)
     check_config(load_config("text.yaml"))
     assert load_config("text.yaml")["model"] == {"name": "bert", "pretrained": "tiny", "num_labels": 2}
 
