@@ -12,10 +12,12 @@ from composer_gradmatch.moved import redirect
 if TYPE_CHECKING:
     from composer_gradmatch.algorithms.functional import select_using_gradient_matching
     from composer_gradmatch.algorithms.gradmatch import GradMatch
+    from composer_gradmatch.algorithms.importance_backprop import ImportanceBackprop
     from composer_gradmatch.algorithms.loss_backprop import LossBackprop
     from composer_gradmatch.algorithms.random_backprop import RandomBackprop
     from composer_gradmatch.algorithms.rule_backprop import RuleBackprop
     from composer_gradmatch.algorithms.select_first import select_first
+    from composer_gradmatch.batches.sample_numbers import number_samples
     from composer_gradmatch.last_layer import last_layer_gram
     from composer_gradmatch.matching import gram_omp, normalize_weights
     from composer_gradmatch.registered import register
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Candidates",
     "GradMatch",
+    "ImportanceBackprop",
     "LossBackprop",
     "Picks",
     "RandomBackprop",
@@ -35,6 +38,7 @@ __all__ = [
     "gram_omp",
     "last_layer_gram",
     "normalize_weights",
+    "number_samples",
     "register",
     "select_first",
     "select_using_gradient_matching",
@@ -44,6 +48,7 @@ __all__ = [
 _MODULES = {
     "Candidates": "rules.candidates",
     "GradMatch": "algorithms.gradmatch",
+    "ImportanceBackprop": "algorithms.importance_backprop",
     "LossBackprop": "algorithms.loss_backprop",
     "Picks": "rules.picks",
     "RandomBackprop": "algorithms.random_backprop",
@@ -53,6 +58,7 @@ _MODULES = {
     "gram_omp": "matching",
     "last_layer_gram": "last_layer",
     "normalize_weights": "matching",
+    "number_samples": "batches.sample_numbers",
     "register": "registered",
     "select_first": "algorithms.select_first",
     "select_using_gradient_matching": "algorithms.functional",

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
+import torch
 from composer.core import State
 from composer.utils import dist
 
 from composer_gradmatch.algorithms.loss_weighting import LossWeighting
 from composer_gradmatch.algorithms.rehearsal import show_rows_and_objective
 from composer_gradmatch.candidates.source import Source
+from composer_gradmatch.candidates.stored import StoredLooks
+from composer_gradmatch.candidates.training_step import TrainingStep
 from composer_gradmatch.candidates.watched_layer import WatchedLayer
+from composer_gradmatch.candidates.when_asked import WhenAsked
 from composer_gradmatch.forward.losses import check_batch, check_losses
 from composer_gradmatch.forward.ranks import unwrap
 from composer_gradmatch.forward.selection_pass import SelectionPass
@@ -21,6 +27,7 @@ from composer_gradmatch.rules.candidates import Candidates
 from composer_gradmatch.rules.cost import Passes, step_cost
 from composer_gradmatch.rules.picks import Picks, WholeBatch, as_picks
 from composer_gradmatch.rules.rule import Rule
+from composer_gradmatch.rules.step_quality import StepQuality
 
 __all__ = ["Selector"]
 
@@ -29,7 +36,8 @@ class Selector:
     """Selects from a run's minibatches by a rule.
 
     Args:
-        rule (Rule): The rule, its options given.
+        rule (Rule): The rule, its options given. One that ``decides`` in each step whether it ``looks`` is given more
+            picks at the same cost where it does not, and is shown what their training step shows.
         source (Source): Gives its candidates.
         selection_pass (SelectionPass): Makes forward passes.
         layer (WatchedLayer, optional): The output layer; None if the rule needs no gradients.
@@ -51,11 +59,20 @@ class Selector:
         self.planned_passes = planned_passes
         self.weighting = LossWeighting(selection_pass, layer) if rule.weighs else None
         self._function: Any = rule.function
+        self._switched: WhenAsked | None = None
+        self._training: TrainingStep | None = None
+        self.store = source if isinstance(source, StoredLooks) else None
+        if self.store is None and getattr(self._function, "decides", False) and layer is not None:
+            self.source = self._switched = WhenAsked(source, lambda: self._function.looks, planned_passes)
+            self._training = TrainingStep(selection_pass, layer, getattr(self._function, "reads_losses", True))
+        #: The samples of a step that is watched, whose number is known once it has been selected for.
+        self._watched: int | None = None
+        self._quality = StepQuality()
 
     @property
     def looks(self) -> bool:
         """Whether it makes forward passes of its own."""
-        return self.rule.needs != "nothing"
+        return self.rule.needs != "nothing" or self.store is not None
 
     @property
     def needs_losses(self) -> bool:
@@ -67,13 +84,104 @@ class Selector:
         """Whether the first batch has shown that selection works."""
         return self.selection_pass.rehearsed
 
+    def share(self, keep: float) -> float:
+        """Tells which share of the next minibatch to train on: more than ``keep`` where it is not looked at.
+
+        Args:
+            keep (float): m/M, of steps that look.
+        """
+        if self._switched is None or self._function.looks:
+            return keep
+        return min(1.0, self._cost_of_a_look(keep))
+
+    def _cost_of_a_look(self, keep: float) -> float:
+        assert self._switched is not None
+        return step_cost(self._switched.passes_of_a_look, keep)
+
+    @property
+    def decides(self) -> bool:
+        """Whether :meth:`end_step` is to be called after each step that the schedule selects for."""
+        return self._switched is not None or self.store is not None
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether there may be samples that are not even candidates, so that all the others are a selection, too."""
+        return self.store is not None and self.store.suspects is not None
+
+    @property
+    def watches(self) -> bool:
+        """Whether the step's microbatches are to be shown by :meth:`see_forward` and :meth:`see_loss`."""
+        return self._watched is not None
+
+    def begin_step(self, num_samples: int) -> None:
+        """Begins to watch the step's microbatches, if their minibatch was not looked at.
+
+        Args:
+            num_samples (int): The samples of the step.
+        """
+        if self._training is not None:
+            self._training.clear()
+            self._watched = None if self._function.looks else num_samples
+        elif self.store is not None:
+            self._watched = num_samples
+
+    def see_forward(self, state: State, num_samples: int, rows: Callable[[], torch.Tensor | None]) -> None:
+        """Sees a microbatch before its forward pass.
+
+        Args:
+            state (State): The run's state.
+            num_samples (int): How many samples it has.
+            rows (Callable): Tells which samples of the minibatch they are; None if they were changed.
+        """
+        if self.store is not None:
+            found = rows()
+            self.store.see_forward(state, None if found is None else self.store.numbers[found])
+        else:
+            assert self._training is not None
+            self._training.before_forward(state, num_samples)
+
+    def see_loss(self, state: State) -> None:
+        """Sees a microbatch before its loss."""
+        if self.store is not None:
+            self.store.see_loss(state)
+        else:
+            assert self._training is not None
+            self._training.before_loss(state)
+
+    def end_step(self, state: State, keep: float) -> None:
+        """Lets the rule decide whether to look at the next minibatch, on all ranks alike.
+
+        Args:
+            state (State): After the step.
+            keep (float): m/M, of steps that look.
+        """
+        if self.store is not None:
+            self._watched = None
+            self.store.share(state)
+            return
+        assert self._training is not None
+        if self._watched is not None:
+            candidates = self._training.end(state, self._watched)
+            if candidates is not None and candidates.finite:
+                self._function.see_training(candidates, keep)
+            self._watched = None
+        findings = self._function.findings()
+        if dist.get_world_size() > 1:
+            sums = state.device.tensor_to_device(torch.tensor(findings, dtype=torch.float64))
+            dist.all_reduce(sums, reduce_operation="SUM")
+            findings = tuple(sums.tolist())
+        self._function.decide(findings, self._cost_of_a_look(keep))
+
     def cost(self, share: float) -> float:
         """Tells what the step that was selected for costs: see :func:`.step_cost`."""
-        return step_cost(self.source.passes, share)
+        return self.source.cost(share)
 
     def reset(self) -> None:
         """Forgets what belongs to one Trainer."""
         self.selection_pass.reset()
+        self._quality.reset()
+        if self.store is not None:
+            self.store.reset()
         if self.weighting is not None:
             self.weighting.reset()
         if hasattr(self._function, "reset"):
@@ -83,6 +191,9 @@ class Selector:
         """Forgets what belongs to one ``fit``, in which modules may be replaced."""
         self.selection_pass.reset_fit()
         self.source.reset_fit(state)
+        self._watched = None
+        if self._training is not None:
+            self._training.clear()
         for part in (self.layer, self.weighting):
             if part is not None:
                 part.reset_fit()
@@ -92,12 +203,17 @@ class Selector:
         state: dict[str, Any] = {} if self.weighting is None else {"loss_scale": self.weighting.state_dict()}
         if hasattr(self._function, "state_dict") and (own := self._function.state_dict()):
             state["rule"] = dist.all_gather_object(own)
-        return state
+        if self.store is not None:
+            state["store"] = self.store.state_dict()
+        return {**state, "step_quality": self._quality.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned."""
         if self.weighting is not None:
             self.weighting.load_state_dict(state.get("loss_scale", {}))
+        self._quality.load_state_dict(state.get("step_quality", {}))
+        if self.store is not None:
+            self.store.load_state_dict(state.get("store", {}))
         of_ranks = state.get("rule", [])
         if dist.get_global_rank() < len(of_ranks) and hasattr(self._function, "load_state_dict"):
             self._function.load_state_dict(of_ranks[dist.get_global_rank()])
@@ -152,6 +268,8 @@ class Selector:
 
     def _rehearse_rule(self, candidates: Candidates, num_picks: int) -> None:
         before = self._function.state_dict() if hasattr(self._function, "state_dict") else None
+        if before is not None:
+            self._function.reset()
         self._pick(candidates, num_picks)
         if before is not None:
             self._function.reset()
@@ -159,7 +277,20 @@ class Selector:
 
     def select(self, state: State, num_samples: int, num_picks: int) -> Picks | WholeBatch:
         """Picks ``num_picks`` of the ``num_samples`` samples of ``state.batch``."""
-        return self._pick(self.source.look(state, num_samples), num_picks)
+        candidates = self.source.look(state, num_samples)
+        left = candidates.num_samples
+        if num_picks == num_samples:
+            num_picks = left
+        if left < num_picks or not left:
+            return WholeBatch()  # Too many of them are left out.
+        picks = self._pick(candidates, num_picks)
+        if isinstance(picks, WholeBatch):
+            return picks
+        metrics = {**picks.metrics, **self.source.metrics}
+        if len(picks.indices) < left and candidates.has_gram:
+            metrics.update(self._quality.see(candidates.gram, picks))
+        indices = picks.indices if candidates.rows is None else candidates.rows[picks.indices.cpu()]
+        return replace(picks, indices=indices, metrics=metrics)
 
     def _pick(self, candidates: Candidates, num_picks: int) -> Picks | WholeBatch:
         if not self.rule.takes_not_finite and not candidates.finite:

@@ -23,6 +23,7 @@ from composer_gradmatch.batches import take_samples
 from composer_gradmatch.batches.reader import BatchReader
 from composer_gradmatch.forward.ranks import needs_all_ranks, unwrap
 from composer_gradmatch.forward.traceless import no_trace
+from composer_gradmatch.rules.cost import break_even
 from composer_gradmatch.rules.picks import Picks, WholeBatch
 from composer_gradmatch.spans import span
 
@@ -102,6 +103,8 @@ class SubsetBackprop(Algorithm):
         self._rows = RowWeights(self._reader, self._warn_once, self._owner)
         self._ranks = RanksInStep()
         self._steps = StepLog(log_name, self._warn_once)
+        #: Whether what the step shows is to be decided on.
+        self._decides = False
 
     @property
     def batches_not_matched(self) -> int:
@@ -118,6 +121,7 @@ class SubsetBackprop(Algorithm):
     def _reset_fit(self, state: State) -> None:
         """Forgets what belongs to one ``fit``, in which modules may be replaced."""
         self._steps.drop()
+        self._decides = False
         self._rows.reset_fit()
         self._ranks.reset_fit()
         self.selector.reset_fit(state)
@@ -127,14 +131,14 @@ class SubsetBackprop(Algorithm):
         return {
             **super().state_dict(),
             "batches_trained_whole": self.batches_trained_whole,
-            "batches_not_matched": self._steps.not_matched,
+            **self._steps.state_dict(),
             **self.selector.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned."""
         self.batches_trained_whole = state.get("batches_trained_whole", 0)
-        self._steps.not_matched = state.get("batches_not_matched", 0)
+        self._steps.load_state_dict(state)
         self.selector.load_state_dict(state)
 
     def match(self, event: Event, state: State) -> bool:
@@ -143,16 +147,29 @@ class SubsetBackprop(Algorithm):
         if event is Event.INIT or event is Event.FIT_START:
             return True
         if event is Event.AFTER_DATALOADER:
-            return self.keep < 1 and (not self.selector.rehearsed or self._is_scheduled(state))
+            return self._numbers_samples or (
+                self._selects and (not self.selector.rehearsed or self._is_scheduled(state))
+            )
         if event is Event.BEFORE_FORWARD:
-            return self._rows.has_picks or self._ranks.watches_step
+            return self._rows.has_picks or self._ranks.watches_step or self.selector.watches
+        if event is Event.BEFORE_LOSS and self.selector.watches:
+            return True
         if event is Event.BATCH_START or event is Event.BEFORE_LOSS or event is Event.AFTER_LOSS:
             return self._rows.has_weights
         if event is Event.AFTER_TRAIN_BATCH:
             return self.selector.source.serves
         if event is Event.BATCH_END:
-            return self._rows.has_picks or self._steps.is_late
+            return self._rows.has_picks or self._steps.is_late or self._decides
         return False
+
+    @property
+    def _selects(self) -> bool:
+        return self.keep < 1 or self.selector.leaves_out
+
+    @property
+    def _numbers_samples(self) -> bool:
+        """Whether batches have numbers to be taken out, also of steps that are not selected for."""
+        return self.selector.store is not None
 
     def _is_scheduled(self, state: State) -> bool:
         return is_scheduled(state, self.clock, self.start, self.end, self.interrupt)
@@ -165,9 +182,16 @@ class SubsetBackprop(Algorithm):
             self.ordered_first = False
         elif event is Event.FIT_START:
             self._reset_fit(state)
+            if self.selector.store is not None:
+                self.selector.store.begin_fit(state)
             self._check_schedule_and_order(state)
             self.ordered_first = False
         elif event is Event.AFTER_DATALOADER:
+            if self.selector.store is not None:
+                state.batch, self.selector.store.numbers = self.selector.store.numbering.take(state.batch)
+            if not self._selects or (self.selector.rehearsed and not self._is_scheduled(state)):
+                return
+            self._decides = self.selector.decides and self._is_scheduled(state)
             self.selector.source.begin_step()
             try:
                 self._after_dataloader(state, logger)
@@ -178,14 +202,27 @@ class SubsetBackprop(Algorithm):
         elif event is Event.BEFORE_FORWARD:
             state.batch = self._rows.enter_microbatch(state.batch)
             self._ranks.see_forward(state, lambda: self._reader.count(state.batch))
-        elif event is Event.BEFORE_LOSS and self.selector.weighting is not None:
-            self.selector.weighting.before_loss(state)
+            if self.selector.watches:
+                count, batch = self._reader.count(state.batch), state.batch
+                self.selector.see_forward(state, count, lambda: self._rows_in_minibatch(batch))
+        elif event is Event.BEFORE_LOSS:
+            if self.selector.watches:
+                self.selector.see_loss(state)
+            if self.selector.weighting is not None and self._rows.has_weights:
+                self.selector.weighting.before_loss(state)
         elif event is Event.AFTER_LOSS:
             self._after_loss(state)
         elif event is Event.AFTER_TRAIN_BATCH:
             self.selector.source.end_step()
         elif event is Event.BATCH_END:
             self._batch_end(state, logger)
+
+    def _rows_in_minibatch(self, microbatch: Any) -> torch.Tensor | None:
+        """Tells which samples of the minibatch a microbatch has, if they are picks and as they were."""
+        rows = self._rows.rows_of(microbatch)
+        if rows is None or self.last_selection is None:
+            return None
+        return self.last_selection.indices.cpu()[rows]
 
     def _check_setup(self, state: State) -> None:
         """Raises at INIT if the model or another algorithm cannot go with this one."""
@@ -211,7 +248,7 @@ class SubsetBackprop(Algorithm):
 
     def _check_schedule_and_order(self, state: State) -> None:
         """Warns at FIT_START of what will come out otherwise than it says; raises if weights would be undone."""
-        if self.keep >= 1:
+        if not self._selects:
             return
         if not self.ordered_first:
             check_order(self, state)
@@ -232,7 +269,7 @@ class SubsetBackprop(Algorithm):
             self._train_whole(self._of_nothing(state), logger)
             return
         self._reader.learn(state.batch, num_samples)
-        num_picks = self._ranks.num_picks(state, num_samples, self.keep)
+        num_picks = self._ranks.num_picks(state, num_samples, self.selector.share(self.keep))
         if self.selector.looks:
             activate_training_weights(state, logger)
         if first:
@@ -243,8 +280,9 @@ class SubsetBackprop(Algorithm):
                 self._rows.rehearse(state, num_samples)
             return
         self.last_selection = None
+        self.selector.begin_step(num_samples)
         # A single sample needs no selection, but a model may need all ranks in each forward pass.
-        if num_picks == num_samples and not self._ranks.stay_in_step(state):
+        if num_picks == num_samples and not self.selector.leaves_out and not self._ranks.stay_in_step(state):
             return
         selected = self._select(state, num_samples, num_picks)
         picks = self._ranks.with_enough_samples(state, selected, num_samples)
@@ -253,10 +291,14 @@ class SubsetBackprop(Algorithm):
             self._train_whole(picks, logger)
         else:
             self._train_on(state, picks, num_samples)
+            self.selector.begin_step(len(picks.indices))
             filled_up = isinstance(selected, Picks) and len(picks.indices) > len(selected.indices)
+            share = len(picks.indices) / num_samples
+            cost = self.selector.cost(share)
             metrics = {
                 **metrics_of(picks, num_samples, filled_up),
-                "estimated_cost": self.selector.cost(len(picks.indices) / num_samples),
+                "estimated_cost": cost,
+                **({"break_even_error": break_even(cost, share)} if share < 1 else {}),
                 "selection_time": time.perf_counter() - started,
             }
             self._steps.log(logger, metrics, picks.found, int(state.timestamp.batch))
@@ -321,4 +363,7 @@ class SubsetBackprop(Algorithm):
         self._steps.drop()
         if self.selector.weighting is not None:
             self.selector.weighting.end_step(state)
+        if self._decides:
+            self._decides = False
+            self.selector.end_step(state, self.keep)
         self._rows.clear()

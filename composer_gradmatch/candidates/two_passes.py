@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,11 @@ __all__ = ["TwoPasses", "candidates_of"]
 
 
 def candidates_of(
-    num_samples: int, losses: torch.Tensor, parts: Sequence[LayerGradients], layer: nn.Linear
+    num_samples: int,
+    losses: torch.Tensor,
+    parts: Sequence[LayerGradients],
+    layer: nn.Linear,
+    labels: Callable[[], torch.Tensor] | None = None,
 ) -> Candidates:
     """Makes candidates of what was seen at the output layer.
 
@@ -40,6 +44,7 @@ def candidates_of(
         losses (torch.Tensor): ℓ, shape (M,).
         parts (Sequence[LayerGradients]): H and P, in the order of the samples.
         layer (nn.Linear): The output layer.
+        labels (Callable, optional): Reads the samples' classes. Default: ``None``.
     """
 
     def gram() -> torch.Tensor:
@@ -56,6 +61,7 @@ def candidates_of(
         output_grads=lambda: all_grads(parts, layer),
         gram=gram,
         counts=counts,
+        labels=labels,
         finite=lambda: all(bool(part.finite) for part in parts) and bool(all_finite(losses)),
     )
 
@@ -69,6 +75,7 @@ class TwoPasses(Source):
     """
 
     def __init__(self, selection_pass: SelectionPass, layer: WatchedLayer | None = None) -> None:
+        super().__init__(selection_pass.reader)
         self.selection_pass, self.layer = selection_pass, layer
 
     @property
@@ -86,8 +93,8 @@ class TwoPasses(Source):
             parts = self.selection_pass.in_microbatches(
                 state, num_samples, lambda batch, n: self._gradients(state, watched, batch, n, num_samples)
             )
-        losses = joined([losses for _, losses in parts])
-        return candidates_of(num_samples, losses, [gradients for gradients, _ in parts], layer)
+        losses, labels = joined([losses for _, losses in parts]), self.labels_of(state.batch, num_samples)
+        return candidates_of(num_samples, losses, [gradients for gradients, _ in parts], layer, labels)
 
     @torch.no_grad()
     def _look_at_losses(self, state: State, num_samples: int) -> Candidates:
@@ -95,8 +102,8 @@ class TwoPasses(Source):
             parts = self.selection_pass.in_microbatches(
                 state, num_samples, lambda batch, n: self.selection_pass.forward(state, batch, n)[1]
             )
-        losses = joined(parts).detach()
-        return Candidates(num_samples, losses=losses, finite=lambda: bool(all_finite(losses)))
+        losses, labels = joined(parts).detach(), self.labels_of(state.batch, num_samples)
+        return Candidates(num_samples, losses=losses, labels=labels, finite=lambda: bool(all_finite(losses)))
 
     def _gradients(
         self, state: State, layer: WatchedLayer, batch: Any, n: int, num_samples: int

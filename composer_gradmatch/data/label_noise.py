@@ -28,6 +28,7 @@ class NoisyLabels(Dataset):
 
     Attributes:
         noisy_indices (np.ndarray): The noisy samples, int64, in increasing order.
+        wrong_indices (np.ndarray): Those of them whose drawn label is another than their own.
 
     Raises:
         ValueError: If ``fraction`` is out of range or labels are not one integer a sample.
@@ -43,6 +44,7 @@ class NoisyLabels(Dataset):
         drawn = rng.integers(len(classes), size=len(labels))
         self.dataset, self.target_key = dataset, target_key
         self.noisy_indices = np.sort(order[: round(fraction * len(labels))])
+        self.wrong_indices = self.noisy_indices[classes[drawn[self.noisy_indices]] != labels[self.noisy_indices]]
         self._noisy = {int(i): int(classes[drawn[i]]) for i in self.noisy_indices}
 
     def __len__(self) -> int:

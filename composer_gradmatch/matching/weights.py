@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
 
-__all__ = ["effective_sample_size", "matching_residual", "normalize_weights"]
+__all__ = ["WeightKind", "check_weight_kind", "effective_sample_size", "matching_residual", "normalize_weights"]
+
+#: How long the picks' weighted mean is: ``"normalized"``, with weights that sum to the number of picks, as Algorithm 1
+#: has it; or ``"matched"``, with n times the solver's own, so that (1/n)·Σwᵢgᵢ ≈ ḡ in length, too.
+WeightKind = Literal["normalized", "matched"]
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
+
+
+def check_weight_kind(kind: str) -> None:
+    """Raises if weights are asked for that there are not.
+
+    Args:
+        kind (str): See :data:`WeightKind`.
+
+    Raises:
+        ValueError: If it is none of them.
+    """
+    if kind not in get_args(WeightKind):
+        raise ValueError(
+            "weights must be 'normalized' (they sum to the number of picks, as in Algorithm 1) or 'matched' "
+            f"(the solver's own, so that the step is as long as the whole minibatch's); got {kind!r}."
+        )
 
 
 def normalize_weights(weights: Array) -> Array:
@@ -36,24 +56,23 @@ def normalize_weights(weights: Array) -> Array:
 
 
 def matching_residual(gram: Array, target: Array, indices: Array, weights: Array) -> Array:
-    """Computes the relative matching residual ‖(1/n)Σᵢ wᵢgᵢ − ḡ‖² / ‖ḡ‖² of normalised weights.
+    """Computes the relative matching residual ‖(1/n)Σᵢ wᵢgᵢ − ḡ‖² / ‖ḡ‖² of the weights that training uses.
 
-    The weights are those that training uses, with sum n, taken per unit weight; unnormalised least-squares
-    weights leave a smaller residual, but it is not the step that is made.
+    Normalised weights leave a larger one than the solver's own least-squares weights.
 
     Args:
         gram (np.ndarray | torch.Tensor): K, shape (M, M).
         target (np.ndarray | torch.Tensor): The row means of K, shape (M,).
         indices (np.ndarray | torch.Tensor): I, shape (n,).
-        weights (np.ndarray | torch.Tensor): w, shape (n,), with sum n.
+        weights (np.ndarray | torch.Tensor): w, shape (n,).
 
     Returns:
         np.ndarray | torch.Tensor: The residual, a scalar of the same kind, on the device of ``gram``; 0 for a perfect
         match, NaN if ‖ḡ‖ = 0.
     """
-    unit = weights / len(weights)
+    unit: Any = weights / len(weights)
     mean_squared: Any = target.mean()
-    error: Any = unit @ gram[indices][:, indices] @ unit - 2 * unit @ target[indices] + mean_squared
+    error = unit @ gram[indices][:, indices] @ unit - 2 * unit @ target[indices] + mean_squared
     if isinstance(mean_squared, torch.Tensor):
         return torch.where(mean_squared > 0, error.clamp(min=0) / mean_squared, torch.nan)  # pyright: ignore[reportReturnType]
     return error.clip(min=0) / mean_squared if mean_squared > 0 else mean_squared * np.nan

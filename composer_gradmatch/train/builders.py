@@ -11,6 +11,7 @@ from composer.core import Algorithm
 from composer.utils import dist
 from torch.utils.data import DataLoader, Dataset
 
+from composer_gradmatch.batches.sample_numbers import number_samples
 from composer_gradmatch.data import NoisyLabels
 from composer_gradmatch.train.config import ConfigError
 from composer_gradmatch.train.refusals import refusing
@@ -84,7 +85,7 @@ def try_parts(config: dict[str, Any]) -> None:
         build_named("scheduler", config["scheduler"])
 
 
-def build_loader(section: dict[str, Any], batch_size: int, where: str) -> DataLoader:
+def build_loader(section: dict[str, Any], batch_size: int, where: str, numbered: bool = False) -> DataLoader:
     """Builds a data loader over a data set, with Composer's distributed sampler.
 
     Args:
@@ -92,6 +93,8 @@ def build_loader(section: dict[str, Any], batch_size: int, where: str) -> DataLo
             :class:`.NoisyLabels`) and the loader's own arguments.
         batch_size (int): Samples a batch on this rank.
         where (str): The section's key, for the error message.
+        numbered (bool, optional): Whether samples get their numbers, which a strategy's ``refresh`` asks for.
+            Default: ``False``.
 
     Raises:
         ConfigError: If the data cannot be loaded, or there would be no batch.
@@ -102,6 +105,9 @@ def build_loader(section: dict[str, Any], batch_size: int, where: str) -> DataLo
         dataset: Dataset = resolve("data set", section["name"])(**(section.get("dataset") or {}))
         if section.get("label_noise") is not None:
             dataset = NoisyLabels(dataset, **section["label_noise"])
+        if numbered:
+            dataset = number_samples(dataset)
+            options["collate_fn"] = dataset.collate_fn
         sampler = dist.get_sampler(dataset, shuffle=shuffle, drop_last=drop_last)
         loader = DataLoader(dataset, batch_size=batch_size, sampler=sampler, drop_last=drop_last, **options)
     if not len(loader):

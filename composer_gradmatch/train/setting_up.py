@@ -16,6 +16,7 @@ from composer.models import ComposerModel
 from torch.utils.data import DataLoader, TensorDataset
 
 from composer_gradmatch.algorithms.rule_backprop import RuleBackprop
+from composer_gradmatch.batches.sample_numbers import NumberedSamples, without_numbers
 from composer_gradmatch.forward.torch_private import is_of_compiler
 from composer_gradmatch.train.config import ConfigError, one_line, parse_time
 from composer_gradmatch.train.refusals import frames_of, refusing, touches_users_code
@@ -74,10 +75,10 @@ def _few_samples(loader: DataLoader) -> Any:
     state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         dataset: Any = loader.dataset
-        batch = loader.collate_fn([dataset[i] for i in range(min(_FEW, len(dataset)))])
+        batch: Any = loader.collate_fn([dataset[i] for i in range(min(_FEW, len(dataset)))])
     random.setstate(state[0])
     np.random.set_state(state[1])
-    return batch
+    return without_numbers(batch) if isinstance(dataset, NumberedSamples) else batch
 
 
 def _run_a_few(model: ComposerModel, loader: DataLoader) -> None:
@@ -96,6 +97,8 @@ def _check_classes(config: dict[str, Any], where: str, loader: DataLoader) -> No
     parameters = inspect.signature(resolve("model", section["name"])).parameters
     name = next((name for name in ("num_classes", "num_labels") if name in parameters), None)
     dataset: Any = loader.dataset
+    if isinstance(dataset, NumberedSamples):
+        dataset = dataset.dataset
     if isinstance(dataset, TensorDataset):
         labels = dataset.tensors[-1]
     else:

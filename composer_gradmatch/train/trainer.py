@@ -15,6 +15,7 @@ from composer import Trainer
 from composer.utils import dist, get_device, reproducibility
 from composer.utils.file_helpers import format_name_with_dist
 
+from composer_gradmatch.algorithms.rule_backprop import RuleBackprop
 from composer_gradmatch.algorithms.select_first import select_first
 from composer_gradmatch.forward.composer_private import generated_run_name
 from composer_gradmatch.train.builders import (
@@ -113,7 +114,9 @@ def build_trainer(config: dict[str, Any], summary: RunSummary | None = None) -> 
             f"multiple of {world_size}."
         )
     batch_size = global_batch_size // world_size
-    train_loader = build_loader(config["train_loader"], batch_size, "train_loader")
+    with_store = [each for each in algorithms if isinstance(each, RuleBackprop) and each.refresh is not None]
+    numbered = any(each.sample_id_key is None for each in with_store)
+    train_loader = build_loader(config["train_loader"], batch_size, "train_loader", numbered)
     eval_loader = None
     if config.get("eval_loader"):
         eval_batch_size = config.get("device_eval_batch_size", batch_size)
