@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 from hypothesis import settings
@@ -35,6 +36,21 @@ SLOW = (
     "test_sliced_backward.py::test_the_sliced_gradient_is_autograds_of_the_picks[ResNet-18, GroupNorm]",
     "test_train.py::test_the_command_line[launcher1]",
 )
+
+
+@pytest.fixture
+def nothing_registered(monkeypatch):
+    """Lets a test register what it likes: nothing was registered before it, and nothing is after it."""
+    from composer_gradmatch import registered
+    from composer_gradmatch.train import register_files
+
+    loaded: dict = {}
+    monkeypatch.setattr(registered, "_tables", {kind: {} for kind in registered.KINDS})
+    monkeypatch.setattr(register_files, "_loaded", loaded)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    for file in loaded:
+        sys.modules.pop(file.stem, None)
 
 
 @pytest.hookimpl(tryfirst=True)

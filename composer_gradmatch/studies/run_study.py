@@ -16,6 +16,7 @@ from composer_gradmatch.studies.report import write_report
 from composer_gradmatch.studies.store import Run, Store
 from composer_gradmatch.studies.tasks import do_run
 from composer_gradmatch.train import check_config
+from composer_gradmatch.train.register_files import loaded_files
 
 __all__ = ["run_study"]
 
@@ -74,7 +75,8 @@ def _make(store: Store, runs: Sequence[Run], jobs: int, retry_failed: bool) -> N
     missing = [run for run in runs if not store.has(run, retry_failed)]
     label = {"total": len(runs), "initial": len(runs) - len(missing), "desc": study.name}
     with tqdm(**label, unit="run", dynamic_ncols=True) as bar:
-        for run, record in run_all(partial(do_run, study.task), missing, jobs, store.folder / "logs"):
+        task = partial(do_run, study.task, files=loaded_files())
+        for run, record in run_all(task, missing, jobs, store.folder / "logs"):
             store.save(run, record)
             if record.error:
                 bar.write(f"{run.key} failed: {record.error}")

@@ -15,6 +15,7 @@ from composer_gradmatch.batches.sample_numbers import number_samples
 from composer_gradmatch.data import NoisyLabels
 from composer_gradmatch.train.config import ConfigError
 from composer_gradmatch.train.refusals import refusing
+from composer_gradmatch.train.registered_factories import with_loss
 from composer_gradmatch.train.registry import resolve
 
 __all__ = ["build_algorithms", "build_entries", "build_loader", "build_named", "try_parts"]
@@ -56,7 +57,7 @@ def build_entries(kind: str, entries: dict[str, Any] | None) -> list[Any]:
     for name, arguments in (entries or {}).items():
         if arguments is not False:
             with _refusing(f"{kind}s.{name}"):
-                built.append(resolve(kind, name)(**(arguments or {})))
+                built.append(resolve(kind, name)(**with_loss(kind, arguments or {})))
     return built
 
 
