@@ -11,7 +11,7 @@ from composer.core import Algorithm
 from composer.utils import dist
 from torch.utils.data import DataLoader, Dataset
 
-from composer_gradmatch.data import NoisyLabels
+from composer_gradmatch.data import NoisyLabels, validation_part
 from composer_gradmatch.train.config import ConfigError
 from composer_gradmatch.train.refusals import refusing
 from composer_gradmatch.train.registry import resolve
@@ -88,19 +88,24 @@ def build_loader(section: dict[str, Any], batch_size: int, where: str) -> DataLo
 
     Args:
         section (dict[str, Any]): Checked: name, dataset, shuffle, drop_last, label_noise (the arguments of
-            :class:`.NoisyLabels`) and the loader's own arguments.
+            :class:`.NoisyLabels`), validation (those of :func:`.validation_part`) and the loader's own arguments.
+            Label noise is that of the whole data set, whichever part is loaded, and never in a validation part.
         batch_size (int): Samples a batch on this rank.
         where (str): The section's key, for the error message.
 
     Raises:
         ConfigError: If the data cannot be loaded, or there would be no batch.
     """
-    options = {key: value for key, value in section.items() if key not in ("name", "dataset", "label_noise")}
+    own = ("name", "dataset", "label_noise", "validation")
+    options = {key: value for key, value in section.items() if key not in own}
     shuffle, drop_last = options.pop("shuffle", False), options.pop("drop_last", False)
     with _refusing(where):
         dataset: Dataset = resolve("data set", section["name"])(**(section.get("dataset") or {}))
-        if section.get("label_noise") is not None:
+        split = section.get("validation")
+        if section.get("label_noise") is not None and (split or {}).get("part") != "validation":
             dataset = NoisyLabels(dataset, **section["label_noise"])
+        if split is not None:
+            dataset = validation_part(dataset, **split)
         sampler = dist.get_sampler(dataset, shuffle=shuffle, drop_last=drop_last)
         loader = DataLoader(dataset, batch_size=batch_size, sampler=sampler, drop_last=drop_last, **options)
     if not len(loader):
