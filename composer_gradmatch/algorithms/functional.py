@@ -12,7 +12,7 @@ from torch import nn
 from composer_gradmatch.forward.scaling import check_scale_factor, scale_inputs
 from composer_gradmatch.forward.traceless import no_trace
 from composer_gradmatch.last_layer import CheckedTap, last_layer_gram, observe_output_layer, resolve_output_layer
-from composer_gradmatch.matching import Solver, check_solver
+from composer_gradmatch.matching import Solver, WeightKind, check_solver, check_weight_kind
 from composer_gradmatch.rules.candidates import Candidates
 from composer_gradmatch.rules.gradient_matching import gradient_matching
 from composer_gradmatch.rules.picks import WholeBatch
@@ -32,6 +32,7 @@ def select_using_gradient_matching(
     solver: Solver = "omp",
     ridge: float = 0.0,
     tolerance: float = 0.0,
+    weights: WeightKind = "normalized",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Prunes a minibatch to the weighted samples that match its mean gradient; twin of ``select_using_loss``.
 
@@ -50,11 +51,12 @@ def select_using_gradient_matching(
         solver (str, optional): See :func:`.gram_omp`. Default: ``"omp"``.
         ridge (float, optional): See :func:`.gram_omp`. Default: ``0.0``.
         tolerance (float, optional): See :func:`.gram_omp`. Default: ``0.0``.
+        weights (str, optional): See :class:`.GradMatch`. Default: ``"normalized"``.
 
     Returns:
-        tuple[torch.Tensor, torch.Tensor, torch.Tensor]: The picked inputs, their targets and their weights; the
-        weights are on the inputs' device and sum to their number. All samples, with weights one, if ``keep`` is 1
-        or the mean gradient is zero.
+        tuple[torch.Tensor, torch.Tensor, torch.Tensor]: The picked inputs, their targets and their weights,
+        which are on the inputs' device and, if normalised, sum to their number. All samples, with weights one, if
+        ``keep`` is 1 or the mean gradient is zero.
 
     Raises:
         TypeError: If ``loss_fun`` is no function that takes ``reduction``.
@@ -66,6 +68,7 @@ def select_using_gradient_matching(
         raise ValueError(f"keep must be in (0, 1], got {keep}.")
     check_scale_factor(scale_factor)
     check_solver(solver, ridge, tolerance)
+    check_weight_kind(weights)
     if len(input) != len(target) or not len(input):
         raise ValueError(
             f"input and target need the same number of samples, at least one; got {len(input)} and {len(target)}."
@@ -90,7 +93,7 @@ def select_using_gradient_matching(
     # On the host, where as many are picked as match.
     gram = last_layer_gram(inputs.double(), grads.double(), layer.bias is not None).cpu()
     candidates = Candidates(len(input), gram=gram)
-    picks = gradient_matching(candidates, num_picks, solver=solver, ridge=ridge, tolerance=tolerance)
+    picks = gradient_matching(candidates, num_picks, solver=solver, ridge=ridge, tolerance=tolerance, weights=weights)
     if isinstance(picks, WholeBatch):
         return input, target, torch.ones(len(input), device=input.device)
     assert picks.weights is not None

@@ -10,7 +10,7 @@ from torch import nn
 from composer_gradmatch.algorithms.rule_backprop import RuleBackprop
 from composer_gradmatch.algorithms.schedule import Clock
 from composer_gradmatch.forward.losses import LossFn
-from composer_gradmatch.matching import Solver, check_solver
+from composer_gradmatch.matching import Solver, WeightKind, check_solver, check_weight_kind
 from composer_gradmatch.rules.table import RULES
 
 __all__ = ["GradMatch"]
@@ -44,6 +44,11 @@ class GradMatch(RuleBackprop):
             of ‖ḡ‖², in [0, 1), so that the number of picks, at most m, adapts to the minibatch. That is the error of
             the least-squares weights, any ridge penalty included; clipped and normalised weights have a larger one,
             which is logged as ``matching_residual``. Default: ``0.0``.
+        weights (str, optional): ``"normalized"``, which sum to the number of picks (Algorithm 1). Where few samples
+            carry the gradient, as late in training, the step along ḡ is then several times too long, which works as
+            a higher learning rate: see the logged ``step_length``. ``"matched"`` takes the solver's own, times the
+            number of picks: the step is as long as the match makes it, a little shorter than ḡ. Negative ones are
+            clipped in both. Default: ``"normalized"``.
 
     All other arguments are those of :class:`.RuleBackprop`, the first seven of them also those of Composer's
     ``SelectiveBackprop``.
@@ -83,12 +88,14 @@ class GradMatch(RuleBackprop):
         solver: Solver = "omp",
         ridge: float = 0.0,
         tolerance: float = 0.0,
+        weights: WeightKind = "normalized",
         selection_microbatch_size: int | str | None = None,
         selection_precision: str | Precision | None = None,
         reuse_activations: bool = False,
         clock: Clock = "duration",
     ) -> None:
         check_solver(solver, ridge, tolerance)
+        check_weight_kind(weights)
         super().__init__(
             RULES["gradmatch"],
             start,
@@ -104,7 +111,8 @@ class GradMatch(RuleBackprop):
             selection_precision=selection_precision,
             reuse_activations=reuse_activations,
             clock=clock,
-            options={"solver": solver, "ridge": ridge, "tolerance": tolerance},
+            options={"solver": solver, "ridge": ridge, "tolerance": tolerance, "weights": weights},
         )
         self.solver: Solver = solver
         self.ridge, self.tolerance = ridge, tolerance
+        self.weights: WeightKind = weights

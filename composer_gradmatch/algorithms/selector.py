@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 from composer.core import State
@@ -21,6 +22,7 @@ from composer_gradmatch.rules.candidates import Candidates
 from composer_gradmatch.rules.cost import Passes, step_cost
 from composer_gradmatch.rules.picks import Picks, WholeBatch, as_picks
 from composer_gradmatch.rules.rule import Rule
+from composer_gradmatch.rules.step_quality import StepQuality
 
 __all__ = ["Selector"]
 
@@ -51,6 +53,7 @@ class Selector:
         self.planned_passes = planned_passes
         self.weighting = LossWeighting(selection_pass, layer) if rule.weighs else None
         self._function: Any = rule.function
+        self._quality = StepQuality()
 
     @property
     def looks(self) -> bool:
@@ -74,6 +77,7 @@ class Selector:
     def reset(self) -> None:
         """Forgets what belongs to one Trainer."""
         self.selection_pass.reset()
+        self._quality.reset()
         if self.weighting is not None:
             self.weighting.reset()
         if hasattr(self._function, "reset"):
@@ -92,12 +96,13 @@ class Selector:
         state: dict[str, Any] = {} if self.weighting is None else {"loss_scale": self.weighting.state_dict()}
         if hasattr(self._function, "state_dict") and (own := self._function.state_dict()):
             state["rule"] = dist.all_gather_object(own)
-        return state
+        return {**state, "step_quality": self._quality.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned."""
         if self.weighting is not None:
             self.weighting.load_state_dict(state.get("loss_scale", {}))
+        self._quality.load_state_dict(state.get("step_quality", {}))
         of_ranks = state.get("rule", [])
         if dist.get_global_rank() < len(of_ranks) and hasattr(self._function, "load_state_dict"):
             self._function.load_state_dict(of_ranks[dist.get_global_rank()])
@@ -159,7 +164,11 @@ class Selector:
 
     def select(self, state: State, num_samples: int, num_picks: int) -> Picks | WholeBatch:
         """Picks ``num_picks`` of the ``num_samples`` samples of ``state.batch``."""
-        return self._pick(self.source.look(state, num_samples), num_picks)
+        candidates = self.source.look(state, num_samples)
+        picks = self._pick(candidates, num_picks)
+        if isinstance(picks, WholeBatch) or len(picks.indices) == num_samples or not candidates.has_gram:
+            return picks
+        return replace(picks, metrics={**picks.metrics, **self._quality.see(candidates.gram, picks)})
 
     def _pick(self, candidates: Candidates, num_picks: int) -> Picks | WholeBatch:
         if not self.rule.takes_not_finite and not candidates.finite:

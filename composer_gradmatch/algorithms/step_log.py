@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from composer.loggers import Logger
@@ -11,6 +13,9 @@ from composer_gradmatch.matching import effective_sample_size
 from composer_gradmatch.rules.picks import Picks
 
 __all__ = ["StepLog", "metrics_of"]
+
+#: From what mean step length on a run is warned, and after how many steps.
+_LONG, _ENOUGH_STEPS = 1.5, 20
 
 
 def metrics_of(picks: Picks, num_samples: int, filled_up: bool) -> dict[str, float | torch.Tensor]:
@@ -49,7 +54,19 @@ class StepLog:
     def reset(self) -> None:
         """Forgets what belongs to one Trainer."""
         self.not_matched = 0
+        #: The sum of the steps' lengths, and their number.
+        self._lengths, self._steps = 0.0, 0
+        self._said_long = False
         self.drop()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tells what a checkpoint keeps."""
+        return {"batches_not_matched": self.not_matched, "step_lengths": (self._lengths, self._steps)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned."""
+        self.not_matched = state.get("batches_not_matched", 0)
+        self._lengths, self._steps = state.get("step_lengths", (0.0, 0))
 
     def drop(self) -> None:
         """Forgets a step that was not ended."""
@@ -92,4 +109,19 @@ class StepLog:
         self._write(logger, metrics, step)
 
     def _write(self, logger: Logger, metrics: Mapping[str, float | torch.Tensor], step: int | None = None) -> None:
-        logger.log_metrics({f"{self.prefix}/{key}": float(value) for key, value in metrics.items()}, step)
+        values = {key: float(value) for key, value in metrics.items()}
+        logger.log_metrics({f"{self.prefix}/{key}": value for key, value in values.items()}, step)
+        if math.isfinite(length := values.get("step_length", math.nan)):
+            self._see_length(length)
+
+    def _see_length(self, length: float) -> None:
+        self._lengths, self._steps = self._lengths + length, self._steps + 1
+        mean = self._lengths / self._steps
+        if self._steps >= _ENOUGH_STEPS and mean > _LONG and not self._said_long:
+            self._said_long = True
+            self.warn(
+                "steps on the picks are too long, which works as a higher learning rate: in the first "
+                f"{self._steps} steps, the last layer's was {mean:.1f} times that of the whole minibatch on average. "
+                "Where the rule's weights are at fault, GradMatch takes weights='matched'; else give the strategy a "
+                "lower learning rate before comparing it with others."
+            )

@@ -23,6 +23,7 @@ from composer_gradmatch.batches import take_samples
 from composer_gradmatch.batches.reader import BatchReader
 from composer_gradmatch.forward.ranks import needs_all_ranks, unwrap
 from composer_gradmatch.forward.traceless import no_trace
+from composer_gradmatch.rules.cost import break_even
 from composer_gradmatch.rules.picks import Picks, WholeBatch
 from composer_gradmatch.spans import span
 
@@ -127,14 +128,14 @@ class SubsetBackprop(Algorithm):
         return {
             **super().state_dict(),
             "batches_trained_whole": self.batches_trained_whole,
-            "batches_not_matched": self._steps.not_matched,
+            **self._steps.state_dict(),
             **self.selector.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned."""
         self.batches_trained_whole = state.get("batches_trained_whole", 0)
-        self._steps.not_matched = state.get("batches_not_matched", 0)
+        self._steps.load_state_dict(state)
         self.selector.load_state_dict(state)
 
     def match(self, event: Event, state: State) -> bool:
@@ -253,9 +254,12 @@ class SubsetBackprop(Algorithm):
         else:
             self._train_on(state, picks, num_samples)
             filled_up = isinstance(selected, Picks) and len(picks.indices) > len(selected.indices)
+            share = len(picks.indices) / num_samples
+            cost = self.selector.cost(share)
             metrics = {
                 **metrics_of(picks, num_samples, filled_up),
-                "estimated_cost": self.selector.cost(len(picks.indices) / num_samples),
+                "estimated_cost": cost,
+                **({"break_even_error": break_even(cost, share)} if share < 1 else {}),
                 "selection_time": time.perf_counter() - started,
             }
             self._steps.log(logger, metrics, picks.found, int(state.timestamp.batch))

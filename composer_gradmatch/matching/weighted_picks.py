@@ -9,7 +9,12 @@ import torch
 from composer_gradmatch.matching.gram_omp import gram_omp
 from composer_gradmatch.matching.on_device import fixed_omp
 from composer_gradmatch.matching.solvers import Solver
-from composer_gradmatch.matching.weights import effective_sample_size, matching_residual, normalize_weights
+from composer_gradmatch.matching.weights import (
+    WeightKind,
+    effective_sample_size,
+    matching_residual,
+    normalize_weights,
+)
 from composer_gradmatch.spans import span
 
 __all__ = ["Match", "match_mean_gradient", "match_on_device"]
@@ -21,7 +26,7 @@ class Match:
 
     Attributes:
         indices (torch.Tensor): I, int64, shape (n,), in the order picked.
-        weights (torch.Tensor): w ≥ 0, float64, shape (n,), with sum n.
+        weights (torch.Tensor): w ≥ 0, float64, shape (n,); with sum n, if they are normalised.
         residual (torch.Tensor): ‖(1/n)Σwᵢgᵢ − ḡ‖² / ‖ḡ‖² of the last-layer gradients, a scalar.
         found (torch.Tensor, optional): Whether there was a mean gradient to match, a boolean scalar; None where there
             was. Default: ``None``.
@@ -49,11 +54,17 @@ class Match:
 
 
 def match_mean_gradient(
-    gram: torch.Tensor, num_picks: int, *, solver: Solver = "omp", ridge: float = 0.0, tolerance: float = 0.0
+    gram: torch.Tensor,
+    num_picks: int,
+    *,
+    solver: Solver = "omp",
+    ridge: float = 0.0,
+    tolerance: float = 0.0,
+    kind: WeightKind = "normalized",
 ) -> Match | None:
     """Picks on the host, where each step can see what the one before has found.
 
-    Weights are clipped at zero and normalised to sum to the number of samples that are left.
+    Weights are clipped at zero; then, of the n samples that are left, normalised to sum to n, or multiplied by n.
 
     Args:
         gram (torch.Tensor): K of the samples' last-layer gradients, shape (M, M), float64.
@@ -61,6 +72,7 @@ def match_mean_gradient(
         solver (str | Callable, optional): See :func:`.gram_omp`. Default: ``"omp"``.
         ridge (float, optional): See :func:`.gram_omp`. Default: ``0.0``.
         tolerance (float, optional): See :func:`.gram_omp`. Default: ``0.0``.
+        kind (str, optional): See :data:`.WeightKind`. Default: ``"normalized"``.
 
     Returns:
         Match | None: The picks, on the CPU, or None if the mean gradient is zero: there is nothing to match.
@@ -76,22 +88,26 @@ def match_mean_gradient(
     indices, weights = indices[weights > 0], weights[weights > 0]
     if not len(indices):
         return None
-    weights = normalize_weights(weights)
+    weights = normalize_weights(weights) if kind == "normalized" else weights * len(weights)
     return Match(indices, weights, matching_residual(gram, target, indices, weights))
 
 
-def match_on_device(gram: torch.Tensor, num_picks: int, *, ridge: float = 0.0) -> Match:
+def match_on_device(
+    gram: torch.Tensor, num_picks: int, *, ridge: float = 0.0, kind: WeightKind = "normalized"
+) -> Match:
     """Picks on the device of the Gram matrix, which the host does not wait for.
 
     So there are always m picks: with weight zero where matching pursuit stops early or its weight is clipped, and
-    with weights one if there is nothing to match. The weights sum to m, so the weighted mean over the m samples is
-    that over the samples of positive weight. Samples of weight zero still count where a batch counts its samples by
-    other means: in BatchNorm's statistics, and in a loss divided by its class weights or labelled positions.
+    with weights one if there is nothing to match. Normalised weights sum to m, so that the weighted mean over the m
+    samples is that over the samples of positive weight; others are m times the solver's own. Samples of weight zero
+    still count where a batch counts its samples by other means: in BatchNorm's statistics, and in a loss divided by
+    its class weights or labelled positions.
 
     Args:
         gram (torch.Tensor): K of the samples' last-layer gradients, shape (M, M), float64; finite or not.
         num_picks (int): m, the number of picks.
         ridge (float, optional): See :func:`.gram_omp`. Default: ``0.0``.
+        kind (str, optional): See :data:`.WeightKind`. Default: ``"normalized"``.
 
     Returns:
         Match: The picks, on the device of ``gram``.
@@ -102,6 +118,10 @@ def match_on_device(gram: torch.Tensor, num_picks: int, *, ridge: float = 0.0) -
     clipped = weights.clamp(min=0)
     largest = clipped.max()
     found = gram.isfinite().all() & (largest > 0)
-    clipped = clipped / largest
-    weights = torch.where(found, clipped * (num_picks / clipped.sum()), 1.0)
+    if kind == "normalized":
+        clipped = clipped / largest
+        scaled = clipped * (num_picks / clipped.sum())
+    else:
+        scaled = clipped * num_picks
+    weights = torch.where(found, scaled, 1.0)
     return Match(indices, weights, matching_residual(gram, target, indices, weights), found)

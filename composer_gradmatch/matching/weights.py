@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import torch
 
-__all__ = ["effective_sample_size", "matching_residual", "normalize_weights"]
+__all__ = ["WeightKind", "check_weight_kind", "effective_sample_size", "matching_residual", "normalize_weights"]
+
+#: How long the picks' weighted mean is: ``"normalized"``, with weights that sum to the number of picks, as Algorithm 1
+#: has it; or ``"matched"``, with n times the solver's own, so that (1/n)·Σwᵢgᵢ ≈ ḡ in length, too.
+WeightKind = Literal["normalized", "matched"]
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
+
+
+def check_weight_kind(kind: str) -> None:
+    """Raises if weights are asked for that there are not.
+
+    Args:
+        kind (str): See :data:`WeightKind`.
+
+    Raises:
+        ValueError: If it is none of them.
+    """
+    if kind not in get_args(WeightKind):
+        raise ValueError(
+            "weights must be 'normalized' (they sum to the number of picks, as in Algorithm 1) or 'matched' "
+            f"(the solver's own, so that the step is as long as the whole minibatch's); got {kind!r}."
+        )
 
 
 def normalize_weights(weights: Array) -> Array:
@@ -38,16 +58,15 @@ def normalize_weights(weights: Array) -> Array:
 def matching_residual(
     gram: torch.Tensor, target: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """Computes the relative matching residual ‖(1/n)Σᵢ wᵢgᵢ − ḡ‖² / ‖ḡ‖² of normalised weights.
+    """Computes the relative matching residual ‖(1/n)Σᵢ wᵢgᵢ − ḡ‖² / ‖ḡ‖² of the weights that training uses.
 
-    The weights are those that training uses, with sum n, taken per unit weight; unnormalised least-squares
-    weights leave a smaller residual, but it is not the step that is made.
+    Normalised weights leave a larger one than the solver's own least-squares weights.
 
     Args:
         gram (torch.Tensor): K, shape (M, M).
         target (torch.Tensor): The row means of K, shape (M,).
         indices (torch.Tensor): I, shape (n,).
-        weights (torch.Tensor): w, shape (n,), with sum n.
+        weights (torch.Tensor): w, shape (n,).
 
     Returns:
         torch.Tensor: The residual, a scalar on the device of ``gram``; 0 for a perfect match, NaN if ‖ḡ‖ = 0.

@@ -111,6 +111,13 @@ class Candidates:
         return self._given(self._gram, "the Gram matrix of last-layer gradients")
 
     @property
+    def has_gram(self) -> bool:
+        """Whether K is there, or costs little: over many positions of each sample it is computed if a rule asks."""
+        if "gram" in vars(self):
+            return True
+        return self.counts is None and (self._gram is not None or self._output_grads is not None)
+
+    @property
     def finite(self) -> bool:
         """Whether all numbers that were looked at are finite; on a GPU, the host waits for the answer."""
         return self._finite() if callable(self._finite) else self._finite

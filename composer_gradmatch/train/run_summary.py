@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from composer.core import State
 from composer.loggers import Logger, LoggerDestination
@@ -16,8 +16,15 @@ __all__ = ["RunSummary"]
 class RunSummary(LoggerDestination):
     """Gathers the closing table of a run from its events and metrics; goes on after a resume.
 
-    Samples are summed over ranks; residual and effective sample size are means over the steps of rank 0.
+    Samples are summed over ranks; what is told of the steps is of those of rank 0.
     """
+
+    #: Metrics of a selecting step whose means it tells → their names in the table.
+    MEANS: ClassVar[dict[str, str]] = {
+        "matching_residual": "mean matching residual",
+        "effective_sample_size": "mean effective sample size",
+        "step_length": "mean step length",
+    }
 
     def __init__(self) -> None:
         self.backpropagated = 0
@@ -26,6 +33,8 @@ class RunSummary(LoggerDestination):
         self.last: dict[str, float] = {}
         self.trained_whole = 0
         self.not_matched = 0
+        #: The last one known.
+        self.noise_scale: float | None = None
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Counts the samples that are left after selection."""
@@ -35,10 +44,12 @@ class RunSummary(LoggerDestination):
         """Takes what the table needs from the logged metrics."""
         for key, value in metrics.items():
             kind = key.rsplit("/", 1)[-1]
-            if kind in ("matching_residual", "effective_sample_size"):
+            if kind in (*self.MEANS, "relative_error", "break_even_error"):
                 total, count = self.sums.get(kind, (0.0, 0))
                 if value == value:  # The residual is NaN where there is nothing to match.
                     self.sums[kind] = (total + float(value), count + 1)
+            elif kind == "gradient_noise_scale":
+                self.noise_scale = float(value)
             elif kind == "batches_trained_whole":
                 self.trained_whole = int(value)
             elif kind == "batches_not_matched":
@@ -74,15 +85,36 @@ class RunSummary(LoggerDestination):
             ("samples backpropagated", f"{backpropagated:,}{share}"),
             ("training time", f"{state.timestamp.total_wct.total_seconds():.1f} s"),
         ]
-        names = {"matching_residual": "mean matching residual", "effective_sample_size": "mean effective sample size"}
         for kind, (total, count) in self.sums.items():
             if kind == "effective_sample_size":
                 rows.append(("selection steps", f"{count:,}"))
-            if count:
-                rows.append((names[kind], f"{total / count:.3g}"))
+            if count and kind in self.MEANS:
+                rows.append((self.MEANS[kind], f"{total / count:.3g}"))
+        rows += self._prediction()
         if self.trained_whole:
             rows.append(("batches trained whole", f"{self.trained_whole:,}"))
         if self.not_matched:
             rows.append(("batches not matched", f"{self.not_matched:,}"))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def _prediction(self) -> list[tuple[str, str]]:
+        """Tells what the last layer's gradients say of random selection at the same cost."""
+        rows = []
+        if self.noise_scale is not None:
+            known = self.noise_scale == self.noise_scale
+            rows.append(
+                ("gradient noise scale", f"{self.noise_scale:,.0f} samples (last layer)" if known else "not known")
+            )
+        means = {kind: total / count for kind, (total, count) in self.sums.items() if count}
+        if {"relative_error", "break_even_error"} <= means.keys():
+            error, break_even = means["relative_error"], means["break_even_error"]
+            says = "better than" if error < break_even else "no better than"
+            rows.append(
+                (
+                    "predicted gradient error",
+                    f"{says} random at the same cost ({error:.2g} of that of as many random samples, "
+                    f"break-even {break_even:.2g}; last layer)",
+                )
+            )
+        return rows

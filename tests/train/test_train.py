@@ -87,7 +87,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one_and_its_table_covers_both_p
     for key, value in whole.state.model.state_dict().items():
         assert torch.equal(resumed.state.model.state_dict()[key], value), key
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith(("samples", "mean", "selection"))]
-    assert len(lines) == 5
+    assert len(lines) == 6
     assert all(line in table for line in lines)
     assert (folder / "logs-part2-rank0.txt").exists()
 
