@@ -1,0 +1,117 @@
+"""Seeds in rounds, the same for all, until each candidate is decided or the budget is spent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from composer_gradmatch.studies.verdict.bounds import LOOKS, further_seeds
+from composer_gradmatch.studies.verdict.comparing import Compared, compare
+from composer_gradmatch.studies.verdict.ledger import Ledger
+from composer_gradmatch.studies.verdict.question import Question
+from composer_gradmatch.studies.verdict.trial import FULL, Cell, Outcome, Trial
+from composer_gradmatch.train.config import ConfigError
+
+__all__ = ["Standing", "play_rounds"]
+
+
+@dataclass
+class Standing:
+    """How far a candidate has come.
+
+    Attributes:
+        against_full (str): See :class:`.Compared`; what is decided stays so. Default: ``"undecided"``.
+        against_random (str): The same. Default: ``"undecided"``, ``""`` for random.
+        compared (Compared, optional): At its last look; None if there was none. Default: ``None``.
+        error (str): What a run of it failed of. Default: ``""``.
+    """
+
+    against_full: str = "undecided"
+    against_random: str = "undecided"
+    compared: Compared | None = None
+    error: str = ""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether more seeds could tell more."""
+        return not self.error and "undecided" in (self.against_full, self.against_random)
+
+    def further_seeds(self, question: Question) -> int | None:
+        """Estimates the further seeds that decide it against the full batch; None if none, or too many, would."""
+        if self.compared is None or self.against_full != "undecided":
+            return None
+        distance = abs(self.compared.minus_full.mean + question.margin)
+        return further_seeds(distance, self.compared.spread, self.compared.seeds, question.alpha)
+
+
+def play_rounds(
+    ledger: Ledger, question: Question, rates: Mapping[Cell, float], standings: dict[Cell, Standing]
+) -> None:
+    """Runs candidates, the full batch and random with the same seeds, look by look.
+
+    A round is begun only if all of it fits; candidates are left out of it, the ones farthest from a decision first,
+    until it does.
+
+    Args:
+        ledger (Ledger): Takes the trials.
+        question (Question): What is asked.
+        rates (Mapping[Cell, float]): The learning rate of each cell, the full batch's among them.
+        standings (dict[Cell, Standing]): Of the candidates; changed here.
+
+    Raises:
+        ConfigError: If a run of the full batch fails.
+        OutOfBudget: If runs have become dearer than expected within a round.
+    """
+    for seeds in LOOKS:
+        ledger.stage = f"seeds, up to {seeds}"
+        active = [cell for cell in question.cells if standings[cell].is_open]
+        while active and not ledger.affords(_round(active, rates, seeds, question, standings)):
+            active.remove(max(active, key=lambda cell: _farness(cell, standings[cell], ledger, rates, question)))
+        if not active:
+            return
+        trials = _round(active, rates, seeds, question, standings)
+        ledger.take(trials)
+        results: dict[Cell, list[Outcome]] = {}
+        for trial in trials:
+            results.setdefault(trial.cell, []).append(ledger.taken[trial])
+        errors = {cell: run.error for cell, runs in results.items() for run in runs if run.error}
+        if FULL in errors:
+            raise ConfigError(f"a run of the full batch failed, and all is measured by it: {errors[FULL]}")
+        results = {cell: runs for cell, runs in results.items() if cell not in errors}
+        for cell, error in errors.items():
+            standings[cell].error = error
+        for cell in active:
+            if cell in results:
+                _update(standings[cell], compare(results, cell, seeds, question.alpha, question))
+
+
+def _update(standing: Standing, compared: Compared) -> None:
+    standing.compared = compared
+    if standing.against_full == "undecided":
+        standing.against_full = compared.against_full
+    if standing.against_random == "undecided":
+        standing.against_random = compared.against_random
+
+
+def _round(
+    active: list[Cell],
+    rates: Mapping[Cell, float],
+    seeds: int,
+    question: Question,
+    standings: Mapping[Cell, Standing],
+) -> list[Trial]:
+    """Gives a round's trials, seed by seed, so that pairs are made one after the other on the same machine."""
+    compared = any(standings[cell].against_random == "undecided" for cell in active)
+    randoms = [cell for cell in question.randoms if compared and not standings[cell].error]
+    cells = dict.fromkeys((FULL, *randoms, *active))
+    return [Trial(cell, rates[cell], question.seed + seed) for seed in range(seeds) for cell in cells]
+
+
+def _farness(
+    cell: Cell, standing: Standing, ledger: Ledger, rates: Mapping[Cell, float], question: Question
+) -> tuple[bool, float, float]:
+    """Orders candidates by how soon they are left out: decided against the full batch, far from it, dear."""
+    further = standing.further_seeds(question)
+    unknown = standing.compared is not None and further is None
+    cost = ledger.estimate([Trial(cell, rates[cell], -1)])
+    return standing.against_full != "undecided", float("inf") if unknown else float(further or 0), cost
