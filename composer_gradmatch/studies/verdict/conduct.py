@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from statistics import mean
 from typing import Any
 
 from composer_gradmatch.studies.time_to_accuracy import time_to_accuracy
@@ -67,7 +68,7 @@ class Verdict:
     def full_accuracy(self) -> float:
         """The full batch's mean accuracy at the end, over the seeds that were run."""
         runs = self._runs(FULL)
-        return sum(run.last for run in runs.values()) / len(runs) if runs else self.headroom.accuracy
+        return mean(run.last for run in runs.values()) if runs else self.headroom.accuracy
 
     def as_json(self) -> dict[str, Any]:
         """Gives the whole of it as plain data."""
@@ -84,6 +85,7 @@ class Verdict:
                 "seeds": len(self._runs(FULL)),
                 "tuning": asdict(self.tuned[FULL]) if FULL in self.tuned else None,
                 "time_to_accuracy": self._reached(FULL, target),
+                "curve": self._curve(FULL),
             },
             "headroom": {
                 "full_accuracy": self.headroom.accuracy,
@@ -112,15 +114,23 @@ class Verdict:
         return {
             **_cell(cell),
             "rate": self.rates.get(cell, self.question.rate),
-            "accuracy": sum(run.last for run in runs.values()) / len(runs) if runs else None,
+            "accuracy": mean(run.last for run in runs.values()) if runs else None,
             "against_full": "failed" if standing.error else standing.against_full,
             "against_random": standing.against_random,
             **_shown(standing.compared),
             "further_seeds": standing.further_seeds(self.question),
             "tuning": asdict(self.tuned[cell]) if cell in self.tuned else None,
             "time_to_accuracy": self._reached(cell, target),
+            "curve": self._curve(cell),
             "error": standing.error,
         }
+
+    def _curve(self, cell: Cell) -> dict[str, list[float]]:
+        """Gives the means over seeds, by evaluation."""
+        curves = self.curves(cell)
+        accuracies = zip(*(each for each, _ in curves), strict=False)  # Runs that stop early have fewer.
+        costs = zip(*(each for _, each in curves), strict=False)
+        return {"accuracy": [mean(each) for each in accuracies], "cost": [mean(each) for each in costs]}
 
     def _reached(self, cell: Cell, target: float) -> dict[str, Any] | None:
         curves = self.curves(cell)

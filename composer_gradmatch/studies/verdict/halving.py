@@ -42,7 +42,7 @@ class Tuned:
 
     Attributes:
         rate (float): The learning rate.
-        accuracy (float): On the validation part, in the last rung; NaN if it was not tuned.
+        accuracy (float, optional): On the validation part, in the last rung; None if all its runs failed.
         runs (int): How many were made.
         seconds (float): How long they took.
         at_edge (bool): Whether it is the smallest or largest of the grid, beyond which there may be better ones.
@@ -50,7 +50,7 @@ class Tuned:
     """
 
     rate: float
-    accuracy: float
+    accuracy: float | None
     runs: int
     seconds: float
     at_edge: bool
@@ -123,7 +123,7 @@ def tune(ledger: Ledger, plan: Halving, cell: Cell, rate: float, first_seed: int
             scores[each] = (last, whole, -abs(log(each / rate)))
         if not scores:
             seconds = sum(ledger.taken[trial].seconds for trial in used)
-            return Tuned(rate, float("nan"), len(used), seconds, False, error)
+            return Tuned(rate, None, len(used), seconds, False, error)
         ranked = sorted(scores, key=lambda each: scores[each], reverse=True)
         rates = ranked[: ceil(len(rates) / 2)]
     best = rates[0]
