@@ -109,4 +109,11 @@ def _what_would_decide(standing: Standing, question: Question) -> str:
     if standing.compared is None:
         return f"not looked at; the first look takes {LOOKS[0]} seeds"
     further = standing.further_seeds(question)
-    return f"about {further} further seeds would" if further else "it lies on the margin: no number of seeds would"
+    if not further:
+        return "it lies on the margin: no number of seeds would"
+    most = (
+        f", more than the {LOOKS[-1]} that a verdict goes up to"
+        if standing.compared.seeds + further > LOOKS[-1]
+        else ""
+    )
+    return f"about {further} further seeds would{most}"

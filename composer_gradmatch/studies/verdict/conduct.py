@@ -193,14 +193,15 @@ def _tune(
     ledger: Ledger, question: Question, standings: Mapping[Cell, Standing]
 ) -> tuple[Halving | None, dict[Cell, Tuned]]:
     """Chooses the learning rates of all cells by one plan, or, where none fits the budget, of none of them."""
-    ledger.stage = "learning rates"
     cells = [FULL, *(cell for cell in question.cells if not standings[cell].error)]
-    plan = choose_plan(ledger, cells, question.rate, _TUNING, question.tuning_seed)
+    first = question.tuning_seed
+    plan = choose_plan(ledger, cells, question.rate, _TUNING, first)
     if plan is None:
         return None, {}
     tuned = {}
+    ledger.begin("learning rates", [each for cell in cells for each in plan.at_most(cell, question.rate, first)])
     for cell in cells:
-        tuned[cell] = tune(ledger, plan, cell, question.rate, question.tuning_seed)
+        tuned[cell] = tune(ledger, plan, cell, question.rate, first)
         if tuned[cell].error and cell != FULL:
             standings[cell].error = tuned[cell].error
     return plan, tuned

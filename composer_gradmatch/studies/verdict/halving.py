@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, log
 
@@ -20,19 +20,38 @@ class Halving:
         name (str): What is said of it.
         factors (tuple[float, ...]): Of the config's rate, a logarithmic grid.
         rungs (tuple[tuple[float, int], ...]): One after the other: the share of the config's duration, and the number
-            of further seeds. Half of the rates, rounded up, go on from each to the next.
+            of further seeds. Half of the rates, rounded up, go on from each to the next; the config's does in any
+            case, so that it is never given up for what short runs show.
     """
 
     name: str
     factors: tuple[float, ...]
     rungs: tuple[tuple[float, int], ...]
 
+    def trials(self, cell: Cell, rates: Sequence[float], rung: int, first_seed: int) -> list[Trial]:
+        """Gives the trials that rates are compared by at a rung: those of its share, earlier rungs' among them."""
+        share, more = self.rungs[rung]
+        end = sum(seeds for _, seeds in self.rungs[:rung]) + more
+        begin = end - sum(seeds for other, seeds in self.rungs[: rung + 1] if other == share)
+        return [
+            Trial(cell, rate, first_seed + seed, share, "validation") for rate in rates for seed in range(begin, end)
+        ]
 
-#: From thorough to thrifty.
+    def at_most(self, cell: Cell, rate: float, first_seed: int) -> list[Trial]:
+        """Gives as many trials as a cell can take: the config's rate is last, and goes on beside the better half."""
+        rates = sorted((rate * factor for factor in self.factors), key=lambda each: each == rate)
+        trials = []
+        for rung in range(len(self.rungs)):
+            trials += self.trials(cell, rates, rung, first_seed)
+            rates = [*rates[: ceil(len(rates) / 2)], rate] if len(rates) > 2 else rates
+        return trials
+
+
+#: From thorough to thrifty. All end with whole runs: what is best in short ones need not be.
 PLANS = (
     Halving("halved over seeds", (0.25, 0.5, 1.0, 2.0, 4.0), ((1.0, 1), (1.0, 1), (1.0, 2))),
-    Halving("halved over epochs", (0.25, 0.5, 1.0, 2.0, 4.0), ((0.25, 1), (0.5, 1), (1.0, 1))),
-    Halving("halved over epochs, three rates", (0.5, 1.0, 2.0), ((0.25, 1), (0.5, 1))),
+    Halving("halved over epochs", (0.25, 0.5, 1.0, 2.0, 4.0), ((0.25, 1), (0.5, 1), (1.0, 2))),
+    Halving("halved over epochs, three rates", (0.5, 1.0, 2.0), ((0.5, 1), (1.0, 1))),
 )
 
 
@@ -57,22 +76,6 @@ class Tuned:
     error: str = ""
 
 
-def _trials(plan: Halving, cell: Cell, rates: Sequence[float], rung: int, first_seed: int) -> list[Trial]:
-    """Gives the trials that rates are compared by at a rung: those of its share, with the seeds of those before."""
-    share = plan.rungs[rung][0]
-    before = sum(seeds for _, seeds in plan.rungs[:rung])
-    same = sum(seeds for other, seeds in plan.rungs[: rung + 1] if other == share)
-    seeds = range(before + plan.rungs[rung][1] - same, before + plan.rungs[rung][1])
-    return [Trial(cell, rate, first_seed + seed, share, "validation") for rate in rates for seed in seeds]
-
-
-def _at_most(plan: Halving, cell: Cell, rate: float, first_seed: int) -> Iterator[Trial]:
-    rates = [rate * factor for factor in plan.factors]
-    for rung in range(len(plan.rungs)):
-        yield from _trials(plan, cell, rates, rung, first_seed)
-        rates = rates[: ceil(len(rates) / 2)]
-
-
 def choose_plan(ledger: Ledger, cells: Sequence[Cell], rate: float, part: float, first_seed: int) -> Halving | None:
     """Chooses the most thorough plan that fits a part of what is left of the budget for all cells; None if none does.
 
@@ -84,7 +87,7 @@ def choose_plan(ledger: Ledger, cells: Sequence[Cell], rate: float, part: float,
         first_seed (int): See :func:`tune`.
     """
     for plan in PLANS:
-        if ledger.affords([trial for cell in cells for trial in _at_most(plan, cell, rate, first_seed)], part):
+        if ledger.affords([trial for cell in cells for trial in plan.at_most(cell, rate, first_seed)], part):
             return plan
     return None
 
@@ -108,11 +111,11 @@ def tune(ledger: Ledger, plan: Halving, cell: Cell, rate: float, first_seed: int
     rates = grid = [rate * factor for factor in plan.factors]
     used: dict[Trial, None] = {}
     scores: dict[float, tuple[float, ...]] = {}
-    error = ""
+    best, error = rate, ""
     for rung in range(len(plan.rungs)):
         scores = {}
         for each in rates:
-            trials = _trials(plan, cell, [each], rung, first_seed)
+            trials = plan.trials(cell, [each], rung, first_seed)
             outcomes = ledger.take(trials)
             used |= dict.fromkeys(trials)
             if failed := [outcome.error for outcome in outcomes if outcome.error]:
@@ -125,7 +128,8 @@ def tune(ledger: Ledger, plan: Halving, cell: Cell, rate: float, first_seed: int
             seconds = sum(ledger.taken[trial].seconds for trial in used)
             return Tuned(rate, None, len(used), seconds, False, error)
         ranked = sorted(scores, key=lambda each: scores[each], reverse=True)
-        rates = ranked[: ceil(len(rates) / 2)]
-    best = rates[0]
+        best = ranked[0]
+        kept = ranked[: ceil(len(rates) / 2)]
+        rates = kept if rate in kept or rate not in scores else [*kept, rate]
     seconds = sum(ledger.taken[trial].seconds for trial in used)
     return Tuned(best, scores[best][0], len(used), seconds, best in (grid[0], grid[-1]))

@@ -52,8 +52,8 @@ def look_for_headroom(ledger: Ledger, question: Question) -> Headroom:
             what the test set can resolve.
         OutOfBudget: If the runs have become dearer than the budget.
     """
-    ledger.stage = "headroom"
     first = Trial(FULL, question.rate, question.seed)
+    ledger.begin("headroom", [first])
     _check_budget(ledger.estimate([first]) + ledger.spent, ledger.estimate([first]), ledger)
     (outcome,) = ledger.take([first])
     if outcome.error:
@@ -70,6 +70,7 @@ def look_for_headroom(ledger: Ledger, question: Question) -> Headroom:
         if cost > available or not cells:
             break
         available -= cost
+        ledger.begin("headroom", trials)
         results = _by_cell(ledger, trials)
         headroom.errors = {cell: o.error for cell, runs in results.items() for o in runs if o.error}
         if FULL in headroom.errors:

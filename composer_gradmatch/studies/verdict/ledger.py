@@ -34,10 +34,9 @@ class Ledger:
         tell (Callable, optional): ``tell(ledger)``, called after each trial. Default: ``None``.
 
     Attributes:
-        stage (str): What is being done, for whom it is told.
+        stage (str): What is being done.
         taken (dict[Trial, Outcome]): In the order in which they were asked for.
         spent (float): Seconds.
-        planned (list[Trial]): What the stage is going to take, as far as is known.
     """
 
     def __init__(
@@ -51,7 +50,7 @@ class Ledger:
     ) -> None:
         self.budget, self.spent, self.stage = budget, spent, ""
         self.taken: dict[Trial, Outcome] = {}
-        self.planned: list[Trial] = []
+        self._stage_ends = 0.0
         self._by_cell: dict[Cell, list[tuple[Trial, Outcome]]] = {}
         self._source, self._guess, self._full_seconds, self._tell = source, guess, full_seconds, tell
 
@@ -59,6 +58,20 @@ class Ledger:
     def left(self) -> float:
         """Seconds left of the budget."""
         return self.budget - self.spent
+
+    @property
+    def to_go(self) -> float:
+        """Seconds that the stage takes from here, as far as was known at its beginning."""
+        return max(0.0, self._stage_ends - self.spent)
+
+    def begin(self, stage: str, trials: Iterable[Trial]) -> None:
+        """Begins a stage, for whom it is told.
+
+        Args:
+            stage (str): What is going to be done.
+            trials (Iterable[Trial]): What it takes at most.
+        """
+        self.stage, self._stage_ends = stage, self.spent + self.estimate(trials)
 
     def estimate(self, trials: Iterable[Trial]) -> float:
         """Estimates the seconds that trials would take: those that are not taken yet, each once."""
@@ -86,7 +99,6 @@ class Ledger:
             OutOfBudget: If one does not fit, because those before it took longer than was to be expected.
         """
         trials = list(trials)
-        self.planned = trials
         for trial in trials:
             if trial in self.taken:
                 continue

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from composer_gradmatch.studies.configs import accuracy_metric, learning_rate, quiet
+from composer_gradmatch.studies.configs import accuracy_metric, quiet
 from composer_gradmatch.studies.planning import cells, training_run
 from composer_gradmatch.studies.step_time.plan import step_time_run
 from composer_gradmatch.studies.store import Run, Store, write_atomically
@@ -24,6 +24,7 @@ from composer_gradmatch.studies.verdict.question import Question
 from composer_gradmatch.studies.verdict.runs import TRAINING, batches_of, runs_of
 from composer_gradmatch.studies.verdict.source import make_in_worker, stored
 from composer_gradmatch.studies.verdict.trial import FULL, Cell, Trial
+from composer_gradmatch.studies.verdict.tuning import tuning_rate
 from composer_gradmatch.train.builders import build_loader
 from composer_gradmatch.train.config import ConfigError
 
@@ -49,9 +50,7 @@ def plan_verdict(
 ) -> Plan:
     """Plans the timing of steps, and all else as it goes; the full batch and random are there in any case."""
     logged = accuracy_metric(config, metric)
-    rate = learning_rate(config)
-    if rate <= 0:
-        raise ConfigError(f"optimizer.lr: expected a number above 0, around which rates are tried; got {rate:g}.")
+    rate = tuning_rate(config)
     candidates = [cell for cell in cells(dict.fromkeys(["random", *strategies]), keeps) if cell != FULL]
     samples = _test_samples(config)
     if margin < 1 / samples:

@@ -24,11 +24,11 @@ class Progress:
     """A bar over the budget's seconds.
 
     Args:
-        budget (float): Seconds.
+        budget (float, optional): Seconds; None where there is no limit.
     """
 
-    def __init__(self, budget: float) -> None:
-        form = "{desc} |{bar:20}| {postfix}"
+    def __init__(self, budget: float | None) -> None:
+        form = "{desc} {bar:20}{postfix}" if budget else "{desc}{postfix}"
         self._bar = tqdm(total=budget, desc="verdict", bar_format=form, dynamic_ncols=True)
 
     def __enter__(self) -> Progress:
@@ -41,11 +41,11 @@ class Progress:
 
     def tell(self, ledger: Ledger) -> None:
         """Shows how far a ledger is."""
-        self._bar.set_description_str(f"verdict: {ledger.stage}", refresh=False)
-        more = in_words(ledger.estimate(ledger.planned))
+        self._bar.set_description_str(ledger.stage, refresh=False)
+        limit = f" of {in_words(ledger.budget)}" if self._bar.total else ""
         self._bar.set_postfix_str(
-            f"{len(ledger.taken)} runs, {in_words(ledger.spent)} of {in_words(ledger.budget)} spent; this step takes "
-            f"about {more} more",
+            f"{len(ledger.taken)} runs, {in_words(ledger.spent)}{limit} spent; this takes about "
+            f"{in_words(ledger.to_go)} more",
             refresh=False,
         )
         self._bar.n = min(ledger.spent, ledger.budget)

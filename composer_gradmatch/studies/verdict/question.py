@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from composer_gradmatch.studies.verdict.trial import Cell
 
-__all__ = ["Question"]
+__all__ = ["TUNING_SEEDS", "Question"]
 
 #: The share of the error that is for an early answer from the headroom.
 _EARLY = 0.2
 #: Seeds of the learning rates' runs are counted from here: none of them is one that the test set sees.
-_TUNING_SEEDS = 100_000
+TUNING_SEEDS = 100_000
 
 
 @dataclass(frozen=True)
@@ -62,4 +62,4 @@ class Question:
     @property
     def tuning_seed(self) -> int:
         """The first seed of the learning rates' runs."""
-        return self.seed + _TUNING_SEEDS
+        return self.seed + TUNING_SEEDS

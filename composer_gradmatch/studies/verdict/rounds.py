@@ -63,13 +63,13 @@ def play_rounds(
         OutOfBudget: If runs have become dearer than expected within a round.
     """
     for seeds in LOOKS:
-        ledger.stage = f"seeds, up to {seeds}"
         active = [cell for cell in question.cells if standings[cell].is_open]
         while active and not ledger.affords(_round(active, rates, seeds, question, standings)):
             active.remove(max(active, key=lambda cell: _farness(cell, standings[cell], ledger, rates, question)))
         if not active:
             return
         trials = _round(active, rates, seeds, question, standings)
+        ledger.begin(f"seeds, up to {seeds}", trials)
         ledger.take(trials)
         results: dict[Cell, list[Outcome]] = {}
         for trial in trials:

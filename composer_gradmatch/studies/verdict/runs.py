@@ -63,7 +63,13 @@ def _shortened(config: dict[str, Any], share: float) -> dict[str, Any]:
 
 
 def runs_of(
-    config: dict[str, Any], kind: str, metric: str, label_noise: float, validation: float, seed: int
+    config: dict[str, Any],
+    kind: str,
+    metric: str,
+    label_noise: float,
+    validation: float,
+    seed: int,
+    change: Callable[[dict[str, Any], float], dict[str, Any]] = lambda config, keep: config,
 ) -> Callable[[Trial], Run]:
     """Gives what turns a trial into a run.
 
@@ -74,14 +80,15 @@ def runs_of(
         label_noise (float): Of the training labels; which ones are noisy depends on the run's seed.
         validation (float): The share of the training set that is split off, for trials that ask for it.
         seed (int): Of that split.
+        change (Callable, optional): ``change(config, keep)``: what else is different at a keep. Default: nothing.
     """
-    shortened: dict[tuple[float, str], dict[str, Any]] = {}
+    shortened: dict[tuple[float, str, float], dict[str, Any]] = {}
 
     def run_of(trial: Trial) -> Run:
-        place = (trial.share, trial.data)
+        place = (trial.share, trial.data, trial.cell[1])
         if place not in shortened:  # Counting batches builds the loader.
             base = validating(config, validation, seed) if trial.data == "validation" else config
-            shortened[place] = _shortened(base, trial.share)
+            shortened[place] = _shortened(change(base, trial.cell[1]), trial.share)
         strategy, keep = trial.cell
         own = with_strategy({**shortened[place], "seed": trial.seed}, strategy, keep)
         own["optimizer"] = {**own["optimizer"], "lr": trial.rate}
