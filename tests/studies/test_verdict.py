@@ -67,11 +67,17 @@ def test_pairs_have_the_same_seeds():
 
 def test_a_budget_that_is_too_small_leaves_it_undecided_and_is_kept():
     for budget in (12 * SECONDS, 30 * SECONDS, 50 * SECONDS):
-        verdict = ask(MadeUp(KNOWN), budget=budget)
+        verdict = ask(MadeUp({**KNOWN, BEST: (-0.001, 0.6, 0.1)}), budget=budget)
         assert verdict.answer.kind == "undecided"
         assert "Keep the full batch until it is. Not decided:" in verdict.answer.sentence
         assert "gradmatch at keep 0.3 (" in verdict.answer.sentence
         assert verdict.ledger.spent <= 1.1 * budget
+
+
+def test_that_learning_rates_were_not_chosen_is_said():
+    verdict = ask(MadeUp(KNOWN), budget=20 * SECONDS)
+    assert verdict.plan is None
+    assert verdict.answer.sentence.endswith("at the config's learning rate: to choose others did not fit the budget.")
 
 
 def test_runs_that_become_dearer_do_not_break_the_budget():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import mean
 from typing import Any
 
@@ -186,7 +186,11 @@ def conduct(question: Question, ledger: Ledger) -> Verdict:
         play_rounds(ledger, question, rates, standings)
     except OutOfBudget:
         pass  # What has been decided stays so, and the rest is called undecided.
-    return Verdict(question, answer(standings, question), headroom, plan, tuned, rates, standings, ledger)
+    found = answer(standings, question)
+    if plan is None:
+        more = " All of this is at the config's learning rate: to choose others did not fit the budget."
+        found = replace(found, sentence=found.sentence + more)
+    return Verdict(question, found, headroom, plan, tuned, rates, standings, ledger)
 
 
 def _tune(
@@ -199,7 +203,7 @@ def _tune(
     if plan is None:
         return None, {}
     tuned = {}
-    ledger.begin("learning rates", [each for cell in cells for each in plan.at_most(cell, question.rate, first)])
+    ledger.begin("learning rates", [each for cell in cells for each in plan.trials_like(cell, question.rate, first)])
     for cell in cells:
         tuned[cell] = tune(ledger, plan, cell, question.rate, first)
         if tuned[cell].error and cell != FULL:

@@ -21,7 +21,7 @@ class Halving:
         factors (tuple[float, ...]): Of the config's rate, a logarithmic grid.
         rungs (tuple[tuple[float, int], ...]): One after the other: the share of the config's duration, and the number
             of further seeds. Half of the rates, rounded up, go on from each to the next; the config's does in any
-            case, so that it is never given up for what short runs show.
+            case, in the place of the worst of them, so that it is never given up for what short runs show.
     """
 
     name: str
@@ -37,13 +37,13 @@ class Halving:
             Trial(cell, rate, first_seed + seed, share, "validation") for rate in rates for seed in range(begin, end)
         ]
 
-    def at_most(self, cell: Cell, rate: float, first_seed: int) -> list[Trial]:
-        """Gives as many trials as a cell can take: the config's rate is last, and goes on beside the better half."""
-        rates = sorted((rate * factor for factor in self.factors), key=lambda each: each == rate)
+    def trials_like(self, cell: Cell, rate: float, first_seed: int) -> list[Trial]:
+        """Gives as many trials as a cell takes, whichever rates go on."""
+        rates = [rate * factor for factor in self.factors]
         trials = []
         for rung in range(len(self.rungs)):
             trials += self.trials(cell, rates, rung, first_seed)
-            rates = [*rates[: ceil(len(rates) / 2)], rate] if len(rates) > 2 else rates
+            rates = rates[: ceil(len(rates) / 2)]
         return trials
 
 
@@ -87,7 +87,7 @@ def choose_plan(ledger: Ledger, cells: Sequence[Cell], rate: float, part: float,
         first_seed (int): See :func:`tune`.
     """
     for plan in PLANS:
-        if ledger.affords([trial for cell in cells for trial in plan.at_most(cell, rate, first_seed)], part):
+        if ledger.affords([trial for cell in cells for trial in plan.trials_like(cell, rate, first_seed)], part):
             return plan
     return None
 
@@ -130,6 +130,6 @@ def tune(ledger: Ledger, plan: Halving, cell: Cell, rate: float, first_seed: int
         ranked = sorted(scores, key=lambda each: scores[each], reverse=True)
         best = ranked[0]
         kept = ranked[: ceil(len(rates) / 2)]
-        rates = kept if rate in kept or rate not in scores else [*kept, rate]
+        rates = kept if rate in kept or rate not in scores else [*kept[:-1], rate]
     seconds = sum(ledger.taken[trial].seconds for trial in used)
     return Tuned(best, scores[best][0], len(used), seconds, best in (grid[0], grid[-1]))

@@ -62,6 +62,6 @@ class Tuning:
             ledger = Ledger(
                 source, float("inf"), lambda cell: strategy_named(cell[0]).cost(cell[1]), 0.0, 0.0, progress.tell
             )
-            trials = [trial for cell in self.cells for trial in plan.at_most(cell, rate, TUNING_SEEDS)]
+            trials = [trial for cell in self.cells for trial in plan.trials_like(cell, rate, TUNING_SEEDS)]
             ledger.begin("learning rates", trials)
             return {cell: tune(ledger, plan, cell, rate, TUNING_SEEDS).rate for cell in self.cells}
