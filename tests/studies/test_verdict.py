@@ -177,7 +177,7 @@ def errors(trials):
 
 
 def test_where_nothing_differs_few_verdicts_name_a_winner():
-    assert max(errors(25)) <= 4  # Of 25, more than 4 have a probability of 0.007 at 5 %.
+    assert max(errors(20)) <= 4  # Of 20, more than 4 have a probability of 0.003 at 5 %.
 
 
 def test_where_nothing_differs_at_most_5_percent_of_verdicts_name_a_winner():

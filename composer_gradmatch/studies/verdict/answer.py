@@ -102,14 +102,17 @@ def _switch_to(cell: Cell, compared: Compared, question: Question) -> str:
 
 
 def _listed(cells: list[Cell], standings: Mapping[Cell, Standing], question: Question) -> str:
-    return ", ".join(f"{named(cell)} ({_what_would_decide(standings[cell], question)})" for cell in cells)
+    looked_at = [cell for cell in cells if standings[cell].compared is not None]
+    others = [named(cell) for cell in cells if cell not in looked_at]
+    listed = [f"{named(cell)} ({_what_would_decide(standings[cell], question)})" for cell in looked_at]
+    if others:
+        listed.append(f"{', '.join(others)} (not looked at; the first look takes {LOOKS[0]} seeds)")
+    return ", ".join(listed)
 
 
 def _what_would_decide(standing: Standing, question: Question) -> str:
-    if standing.compared is None:
-        return f"not looked at; the first look takes {LOOKS[0]} seeds"
     further = standing.further_seeds(question)
-    if not further:
+    if not further or standing.compared is None:
         return "it lies on the margin: no number of seeds would"
     most = (
         f", more than the {LOOKS[-1]} that a verdict goes up to"

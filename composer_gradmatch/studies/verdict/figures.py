@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
+
 from composer_gradmatch.studies.figures import FULL, put_legend_below, save, start
 from composer_gradmatch.studies.strategies import strategy_named
 
@@ -60,8 +62,16 @@ def draw_frontier(found: dict[str, Any], path: Path, title: str) -> None:
     )
     axes.set(xlabel="training time, share of the full batch's", ylabel="test accuracy", title=title)
     axes.set_xlim(left=0)
+    _end_at_one(axes, [height for _, height in points])
     put_legend_below(figure, [axes])
     save(figure, path)
+
+
+def _end_at_one(axes: Axes, heights: list[float]) -> None:
+    """Leaves out what of the intervals lies beyond an accuracy of 1."""
+    low, high = axes.get_ylim()
+    if max(heights) <= 1 < high:
+        axes.set_ylim(low, 1 + 0.02 * (1 - low))
 
 
 def _frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -96,7 +106,8 @@ def draw_curves(found: dict[str, Any], path: Path, title: str) -> None:
     axes.axhline(target, color="gray", linewidth=1, linestyle=":", label="full minus margin")
     heights = [value for each in rows for value in each["curve"]["accuracy"]]
     # The first epochs are far below, and what is to be told apart is at the top.
-    axes.set_ylim(bottom=max(min(heights), target - 6 * max(max(heights) - target, found["margin"])))
+    bottom = max(min(heights), target - 6 * max(max(heights) - target, found["margin"]))
+    axes.set_ylim(bottom, max(heights) + 0.05 * (max(heights) - bottom))
     axes.set(xlabel="training time so far, share of the full batch's", ylabel="test accuracy", title=title)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=4)

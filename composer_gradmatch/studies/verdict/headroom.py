@@ -27,7 +27,7 @@ class Headroom:
     Attributes:
         accuracy (float): The full batch's on the test set, a mean over its seeds.
         resolution (float): The least margin that the test set can resolve.
-        compared (dict[Cell, Compared]): Random's cells at the last look; empty if there was none.
+        compared (dict[Cell, Compared]): Random's cells, each at its last look; empty if there was none.
         answer (Cell, optional): The cheapest of them that is within the margin at a third of the cost or less; None
             if there is none. Default: ``None``.
         errors (dict[Cell, str]): What cells failed of. Default: ``{}``.
@@ -65,10 +65,13 @@ def look_for_headroom(ledger: Ledger, question: Question) -> Headroom:
     available = max(ledger.left * _PART, 0.0)
     cells = question.randoms
     for seeds in _LOOKS:
-        trials = [Trial(cell, question.rate, question.seed + each) for each in range(seeds) for cell in (FULL, *cells)]
-        cost = ledger.estimate(trials)
-        if cost > available or not cells:
+        trials = _trials(cells, seeds, question)
+        while cells and ledger.estimate(trials) > available:
+            cells = cells[:-1]  # The dearest.
+            trials = _trials(cells, seeds, question)
+        if not cells:
             break
+        cost = ledger.estimate(trials)
         available -= cost
         ledger.begin("headroom", trials)
         results = _by_cell(ledger, trials)
@@ -77,8 +80,8 @@ def look_for_headroom(ledger: Ledger, question: Question) -> Headroom:
             raise ConfigError(f"a run of the full batch failed, and all is measured by it: {headroom.errors[FULL]}")
         cells = [cell for cell in cells if cell not in headroom.errors]
         headroom.accuracy = mean(run.last for run in results[FULL])
-        headroom.compared = {cell: compare(results, cell, seeds, question.early_alpha, question) for cell in cells}
-        cheap = {cell: each for cell, each in headroom.compared.items() if each.cost.mean <= CHEAP}
+        headroom.compared |= {cell: compare(results, cell, seeds, question.early_alpha, question) for cell in cells}
+        cheap = {cell: headroom.compared[cell] for cell in cells if headroom.compared[cell].cost.mean <= CHEAP}
         within = [cell for cell, each in cheap.items() if each.against_full in ("better", "non-inferior")]
         if within:
             headroom.answer = min(within, key=lambda cell: cheap[cell].cost.mean)
@@ -86,6 +89,11 @@ def look_for_headroom(ledger: Ledger, question: Question) -> Headroom:
         if not any(each.minus_full.mean > -question.margin for each in cheap.values()):
             break
     return headroom
+
+
+def _trials(cells: list[Cell], seeds: int, question: Question) -> list[Trial]:
+    seeds_of = range(question.seed, question.seed + seeds)
+    return [Trial(cell, question.rate, seed) for seed in seeds_of for cell in (FULL, *cells)]
 
 
 def _by_cell(ledger: Ledger, trials: list[Trial]) -> dict[Cell, list[Outcome]]:

@@ -146,13 +146,15 @@ def _headroom(found: dict[str, Any]) -> list[str]:
             "is lost by training on a part.",
             "",
         ]
-    elif headroom["noise_scale_error"]:
+    elif not headroom["noise_scale_error"]:
+        lines += ["The gradient noise scale was not measured: that would take more than a tenth of the budget.", ""]
+    else:
         lines += [f"The gradient noise scale could not be measured: {headroom['noise_scale_error']}", ""]
     if headroom["step_times"]:
         rows = [
             [each["strategy"], f"{each['keep']:g}", f"{each['seconds'] * 1000:.1f}"] for each in headroom["step_times"]
         ]
-        lines += ["Steps, interleaved on a machine that does nothing else:", ""]
+        lines += ["Steps of all of them, in turn on the same model:", ""]
         lines += markdown(["strategy", "keep", "ms per step"], rows)
     elif headroom["step_times_error"]:
         lines += [f"Steps could not be timed beforehand: {headroom['step_times_error']}", ""]

@@ -36,6 +36,12 @@ class Standing:
         """Whether more seeds could tell more."""
         return not self.error and "undecided" in (self.against_full, self.against_random)
 
+    @property
+    def next_look(self) -> int | None:
+        """The number of seeds that it is looked at with next; None behind the last look."""
+        seen = 0 if self.compared is None else self.compared.seeds
+        return next((seeds for seeds in LOOKS if seeds > seen), None)
+
     def further_seeds(self, question: Question) -> int | None:
         """Estimates the further seeds that decide it against the full batch; None if none, or too many, would."""
         if self.compared is None or self.against_full != "undecided":
@@ -49,8 +55,8 @@ def play_rounds(
 ) -> None:
     """Runs candidates, the full batch and random with the same seeds, look by look.
 
-    A round is begun only if all of it fits; candidates are left out of it, the ones farthest from a decision first,
-    until it does.
+    A round takes all candidates that are at the same look, the ones nearest to a decision first, as far as all of it
+    fits the budget; those that do not fit wait, and others go on.
 
     Args:
         ledger (Ledger): Takes the trials.
@@ -62,13 +68,9 @@ def play_rounds(
         ConfigError: If a run of the full batch fails.
         OutOfBudget: If runs have become dearer than expected within a round.
     """
-    for seeds in LOOKS:
-        active = [cell for cell in question.cells if standings[cell].is_open]
-        while active and not ledger.affords(_round(active, rates, seeds, question, standings)):
-            active.remove(max(active, key=lambda cell: _farness(cell, standings[cell], ledger, rates, question)))
-        if not active:
-            return
-        trials = _round(active, rates, seeds, question, standings)
+    while active := _next_round(ledger, question, rates, standings):
+        seeds, cells = active
+        trials = _trials(cells, rates, seeds, question, standings)
         ledger.begin(f"seeds, up to {seeds}", trials)
         ledger.take(trials)
         results: dict[Cell, list[Outcome]] = {}
@@ -80,9 +82,28 @@ def play_rounds(
         results = {cell: runs for cell, runs in results.items() if cell not in errors}
         for cell, error in errors.items():
             standings[cell].error = error
-        for cell in active:
+        for cell in cells:
             if cell in results:
                 _update(standings[cell], compare(results, cell, seeds, question.alpha, question))
+
+
+def _next_round(
+    ledger: Ledger, question: Question, rates: Mapping[Cell, float], standings: Mapping[Cell, Standing]
+) -> tuple[int, list[Cell]] | None:
+    """Gives the earliest look that fits the budget, and who is there for it; None if none does."""
+    waiting: dict[int, list[Cell]] = {}
+    for cell in question.cells:
+        seeds = standings[cell].next_look
+        if standings[cell].is_open and seeds is not None:
+            waiting.setdefault(seeds, []).append(cell)
+    for seeds, cells in sorted(waiting.items()):
+        active: list[Cell] = []
+        for cell in sorted(cells, key=lambda cell: _farness(cell, standings[cell], ledger, rates, question)):
+            if ledger.affords(_trials([*active, cell], rates, seeds, question, standings)):
+                active.append(cell)
+        if active:
+            return seeds, active
+    return None
 
 
 def _update(standing: Standing, compared: Compared) -> None:
@@ -93,7 +114,7 @@ def _update(standing: Standing, compared: Compared) -> None:
         standing.against_random = compared.against_random
 
 
-def _round(
+def _trials(
     active: list[Cell],
     rates: Mapping[Cell, float],
     seeds: int,
@@ -109,9 +130,8 @@ def _round(
 
 def _farness(
     cell: Cell, standing: Standing, ledger: Ledger, rates: Mapping[Cell, float], question: Question
-) -> tuple[bool, float, float]:
-    """Orders candidates by how soon they are left out: decided against the full batch, far from it, dear."""
-    further = standing.further_seeds(question)
-    unknown = standing.compared is not None and further is None
+) -> tuple[bool, float]:
+    """Orders candidates: those not decided against the full batch first, by what a decision is expected to cost."""
+    further = LOOKS[0] if standing.compared is None else standing.further_seeds(question)
     cost = ledger.estimate([Trial(cell, rates[cell], -1)])
-    return standing.against_full != "undecided", float("inf") if unknown else float(further or 0), cost
+    return standing.against_full != "undecided", float("inf") if further is None else further * cost
