@@ -15,6 +15,7 @@ import torch
 from composer_gradmatch.algorithms.rule_backprop import RuleBackprop
 from composer_gradmatch.rules.candidates import Candidates
 from composer_gradmatch.rules.picks import WholeBatch
+from composer_gradmatch.rules.rule import Rule
 from composer_gradmatch.studies.interleave import Interleaved, Variant
 from composer_gradmatch.studies.store import Run
 from composer_gradmatch.studies.strategies import selecting_entry
@@ -36,33 +37,43 @@ def parts_of_gram(gram: torch.Tensor) -> tuple[float, float]:
 
 
 class NoiseScale:
-    """A rule that trains every minibatch whole, and looks at its gradients first.
+    """A rule that trains every minibatch whole, and looks at its gradients first: see :class:`.Rule`.
 
-    Attributes:
-        found (list[tuple[float, float]]): ‖G‖² and tr Σ, by minibatch.
+    Args:
+        found (list, optional): Gets ‖G‖² and tr Σ of each minibatch. Default: ``None``.
     """
 
-    def __init__(self) -> None:
-        self.found: list[tuple[float, float]] = []
+    def __init__(self, *, found: list[tuple[float, float]] | None = None) -> None:
+        self.found: list[tuple[float, float]] = [] if found is None else found
 
     def __call__(self, candidates: Candidates, m: int) -> WholeBatch:
-        """Takes K: see :class:`.Rule`."""
+        """Takes K."""
         if candidates.num_samples > 1:
             self.found.append(parts_of_gram(candidates.gram))
         return WholeBatch()
+
+    def reset(self) -> None:
+        """Forgets all."""
+        self.found.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tells what was found."""
+        return {"found": list(self.found)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned."""
+        self.found[:] = state["found"]
 
 
 def noise_scale(run: Run) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Trains on the full batch and measures: a row for each quarter of the minibatches, by ratio of means."""
     config = run.config
-    rule = NoiseScale()
+    measured: list[tuple[float, float]] = []
     own = (selecting_entry(run.options["config"]) or ("", {}))[1]
     keys = {key: own[key] for key in ("input_key", "target_key", "output_layer") if key in own}
-
-    def look(candidates: Candidates, m: int) -> WholeBatch:
-        return rule(candidates, m)
-
-    algorithm = RuleBackprop(look, start=0.0, end=1.0, keep=0.5, interrupt=0, **keys)
+    rule = Rule(NoiseScale, weighs=False)
+    options = {"found": measured}
+    algorithm = RuleBackprop(rule, start=0.0, end=1.0, keep=0.5, interrupt=0, options=options, **keys)
     size = config["global_train_batch_size"]
     trainer = build_trainer(config)
     trainer.state.algorithms.append(Interleaved([Variant("full", 1.0, size, algorithm, 1.0)], run.options["config"]))
@@ -70,12 +81,12 @@ def noise_scale(run: Run) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         trainer.fit()
     finally:
         trainer.close()
-    if len(rule.found) < 4:
-        raise RuntimeError(f"{len(rule.found)} minibatches had gradients to measure; at least 4 are needed.")
-    found = torch.tensor(rule.found, dtype=torch.float64)
+    if len(measured) < 4:
+        raise RuntimeError(f"{len(measured)} minibatches had gradients to measure; at least 4 are needed.")
+    found = torch.tensor(measured, dtype=torch.float64)
     rows = []
     for quarter, part in enumerate(found.tensor_split(4), 1):
         squared_norm, trace = part.mean(0).tolist()
         scale = trace / squared_norm if squared_norm > 0 else None
         rows.append({"quarter": quarter, "squared_norm": squared_norm, "trace": trace, "noise_scale": scale})
-    return rows, {"minibatches": len(rule.found)}
+    return rows, {"minibatches": len(measured)}

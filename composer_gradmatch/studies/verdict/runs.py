@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from composer.core import Time
@@ -47,15 +48,14 @@ def batches_of(config: dict[str, Any]) -> int | None:
     return {"ba": int(duration.value * ratio), "sp": int(duration.value * ratio) // size}.get(duration.unit.value)
 
 
-def _shortened(config: dict[str, Any], share: float) -> dict[str, Any]:
+def _shortened(config: dict[str, Any], share: float, batches: Callable[[dict[str, Any]], int | None]) -> dict[str, Any]:
     """Gives a copy whose duration and schedule are a share of what they are; epochs are counted in batches."""
     if share == 1:
         return config
     duration = Time.from_input(config["max_duration"], "ep")
     config = dict(config)
     if duration.unit.value == "ep":
-        batches = batches_of({**config, "scale_schedule_ratio": 1.0})
-        config["max_duration"] = f"{batches}ba"
+        config["max_duration"] = f"{batches({**config, 'scale_schedule_ratio': 1.0})}ba"
     if config.get("scheduler"):
         return {**config, "scale_schedule_ratio": (config.get("scale_schedule_ratio") or 1.0) * share}
     duration = Time.from_input(config["max_duration"], "ep")
@@ -83,12 +83,20 @@ def runs_of(
         change (Callable, optional): ``change(config, keep)``: what else is different at a keep. Default: nothing.
     """
     shortened: dict[tuple[float, str, float], dict[str, Any]] = {}
+    counted: dict[tuple[str, int], int | None] = {}
+
+    def count(data: str, config: dict[str, Any]) -> int | None:
+        """Counts the batches of a whole run, once: it builds the loader."""
+        place = (data, config["global_train_batch_size"])
+        if place not in counted:
+            counted[place] = batches_of(config)
+        return counted[place]
 
     def run_of(trial: Trial) -> Run:
         place = (trial.share, trial.data, trial.cell[1])
-        if place not in shortened:  # Counting batches builds the loader.
+        if place not in shortened:
             base = validating(config, validation, seed) if trial.data == "validation" else config
-            shortened[place] = _shortened(change(base, trial.cell[1]), trial.share)
+            shortened[place] = _shortened(change(base, trial.cell[1]), trial.share, partial(count, trial.data))
         strategy, keep = trial.cell
         own = with_strategy({**shortened[place], "seed": trial.seed}, strategy, keep)
         own["optimizer"] = {**own["optimizer"], "lr": trial.rate}
