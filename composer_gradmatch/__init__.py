@@ -12,6 +12,7 @@ from composer_gradmatch.moved import redirect
 if TYPE_CHECKING:
     from composer_gradmatch.algorithms.functional import select_using_gradient_matching
     from composer_gradmatch.algorithms.gradmatch import GradMatch
+    from composer_gradmatch.algorithms.importance_backprop import ImportanceBackprop
     from composer_gradmatch.algorithms.loss_backprop import LossBackprop
     from composer_gradmatch.algorithms.random_backprop import RandomBackprop
     from composer_gradmatch.algorithms.rule_backprop import RuleBackprop
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Candidates",
     "GradMatch",
+    "ImportanceBackprop",
     "LossBackprop",
     "Picks",
     "RandomBackprop",
@@ -42,6 +44,7 @@ __all__ = [
 _MODULES = {
     "Candidates": "rules.candidates",
     "GradMatch": "algorithms.gradmatch",
+    "ImportanceBackprop": "algorithms.importance_backprop",
     "LossBackprop": "algorithms.loss_backprop",
     "Picks": "rules.picks",
     "RandomBackprop": "algorithms.random_backprop",

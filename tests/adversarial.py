@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from cases import On
 from composer.core import Algorithm, Event
 from composer.models import ComposerModel
+from selecting import factory
 from torch import nn
 
 from composer_gradmatch import GradMatch, LossBackprop, RandomBackprop
 from composer_gradmatch.algorithms.subset_backprop import SubsetBackprop
 from composer_gradmatch.rules.rule import Rule
 from composer_gradmatch.rules.table import RULES
-from composer_gradmatch.train.registry import resolve
 
 Fields = dict[str, Any]
 
@@ -187,7 +187,21 @@ class Row:
         return Form(kind, tuple(self.make_batches(1)[0]))
 
     def outcome(self, strategy: Strategy) -> Outcome:
-        return next((self.expected[need] for need in NEEDS if need in strategy.needs and need in self.expected), TRAINS)
+        found = next(
+            (self.expected[need] for need in NEEDS if need in strategy.needs and need in self.expected), TRAINS
+        )
+        if found.refusal is None and "classes" in strategy.needs and not self._has_classes():
+            return refused("needs the class of each sample")
+        return found
+
+    def _has_classes(self) -> bool:
+        fields = self.make_batches(1)[0]
+        if len(fields) == 1:
+            return False
+        targets = fields[[*fields][1]]  # Where every form's target_key is.
+        if isinstance(targets, list):
+            return all(isinstance(each, int) or (each.dtype == torch.int64 and not each.dim()) for each in targets)
+        return targets.dtype == torch.int64 and targets.shape == (number_of(fields),)
 
 
 #: What a strategy can need of a model and its batches, the most demanding first.
@@ -203,9 +217,11 @@ class Strategy:
     Attributes:
         name: Of the strategy.
         algorithm: Makes it.
-        needs: Of :data:`NEEDS`: the samples of a batch, their losses, weighted losses, an output layer.
+        needs: Of :data:`NEEDS`: the samples of a batch, their losses, weighted losses, an output layer; and
+            ``"classes"``, if their targets must be that.
         rule: How its picks are checked, of :data:`ALL_RULES`.
         options: Its further arguments.
+        slow: Whether another one stands for it, in all but the slow tests.
     """
 
     name: str
@@ -213,6 +229,7 @@ class Strategy:
     needs: frozenset[str]
     rule: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    slow: bool = False
 
     @property
     def reuses(self) -> bool:
@@ -238,22 +255,25 @@ STRATEGIES = [
 
 def _strategies_of(name: str, rule: Rule) -> Iterator[Strategy]:
     """A rule's own, in two passes and in one: all are checked, whatever they pick."""
-    needs = frozenset(NEEDS) if rule.needs == "gradients" else frozenset({"batch"})
-    if rule.needs == "losses":
+    needs = {"batch"}
+    if rule.needs != "nothing":
         needs |= {"losses"}
+    if rule.needs == "gradients":
+        needs |= {"layer"}
     if rule.weighs:
         needs |= {"losses", "weights"}
-    yield Strategy(name, resolve("algorithm", name), needs, "any")
+    if name == "stratified":
+        needs |= {"classes"}
+    # What it asks of models and batches, another one asks, too, where that needs as much and more.
+    slow = any(needs <= other.needs for other in STRATEGIES)
+    yield Strategy(name, factory(name), frozenset(needs), "any", slow=slow)
     if rule.needs != "nothing":
-        yield Strategy(f"{name}-reuse", resolve("algorithm", name), needs, "any", _ONE_PASS)
+        yield Strategy(f"{name}-reuse", factory(name), frozenset(needs), "any", _ONE_PASS, slow)
 
 
-STRATEGIES += [
-    strategy
-    for name, rule in RULES.items()
-    if name not in ("random_backprop", "loss_backprop", "gradmatch")
-    for strategy in _strategies_of(name, rule)
-]
+for name, rule in RULES.items():
+    if name not in ("random_backprop", "loss_backprop", "gradmatch"):
+        STRATEGIES += list(_strategies_of(name, rule))
 
 M, WIDTH, CLASSES = 12, 6, 3
 

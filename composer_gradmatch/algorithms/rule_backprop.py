@@ -148,7 +148,7 @@ class RuleBackprop(SubsetBackprop):
         self.selection_precision = selection_pass.precision_name
         self.reuse_activations = reuse_activations
         layer = WatchedLayer(selection_pass, output_layer) if record.needs == "gradients" else None
-        source = Source()
+        source = Source(self._reader)
         if record.needs != "nothing":
             source = two_passes = TwoPasses(selection_pass, layer)
             if reuse_activations:

@@ -7,13 +7,16 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+import torch
 from composer.core import State
 from composer.utils import dist
 
 from composer_gradmatch.algorithms.loss_weighting import LossWeighting
 from composer_gradmatch.algorithms.rehearsal import show_rows_and_objective
 from composer_gradmatch.candidates.source import Source
+from composer_gradmatch.candidates.training_step import TrainingStep
 from composer_gradmatch.candidates.watched_layer import WatchedLayer
+from composer_gradmatch.candidates.when_asked import WhenAsked
 from composer_gradmatch.forward.losses import check_batch, check_losses
 from composer_gradmatch.forward.ranks import unwrap
 from composer_gradmatch.forward.selection_pass import SelectionPass
@@ -31,7 +34,8 @@ class Selector:
     """Selects from a run's minibatches by a rule.
 
     Args:
-        rule (Rule): The rule, its options given.
+        rule (Rule): The rule, its options given. One that ``decides`` in each step whether it ``looks`` is given more
+            picks at the same cost where it does not, and is shown what their training step shows.
         source (Source): Gives its candidates.
         selection_pass (SelectionPass): Makes forward passes.
         layer (WatchedLayer, optional): The output layer; None if the rule needs no gradients.
@@ -53,6 +57,13 @@ class Selector:
         self.planned_passes = planned_passes
         self.weighting = LossWeighting(selection_pass, layer) if rule.weighs else None
         self._function: Any = rule.function
+        self._switched: WhenAsked | None = None
+        self._training: TrainingStep | None = None
+        if getattr(self._function, "decides", False) and layer is not None:
+            self.source = self._switched = WhenAsked(source, lambda: self._function.looks, planned_passes)
+            self._training = TrainingStep(selection_pass, layer, getattr(self._function, "reads_losses", True))
+        #: The samples of a step that is watched, whose number is known once it has been selected for.
+        self._watched: int | None = None
         self._quality = StepQuality()
 
     @property
@@ -69,6 +80,70 @@ class Selector:
     def rehearsed(self) -> bool:
         """Whether the first batch has shown that selection works."""
         return self.selection_pass.rehearsed
+
+    def share(self, keep: float) -> float:
+        """Tells which share of the next minibatch to train on: more than ``keep`` where it is not looked at.
+
+        Args:
+            keep (float): m/M, of steps that look.
+        """
+        if self._switched is None or self._function.looks:
+            return keep
+        return min(1.0, self._cost_of_a_look(keep))
+
+    def _cost_of_a_look(self, keep: float) -> float:
+        assert self._switched is not None
+        return step_cost(self._switched.passes_of_a_look, keep)
+
+    @property
+    def decides(self) -> bool:
+        """Whether :meth:`end_step` is to be called after each step that the schedule selects for."""
+        return self._switched is not None
+
+    @property
+    def watches(self) -> bool:
+        """Whether the step's microbatches are to be shown by :meth:`see_forward` and :meth:`see_loss`."""
+        return self._watched is not None
+
+    def begin_step(self, num_samples: int) -> None:
+        """Begins to watch the step's microbatches, if their minibatch was not looked at.
+
+        Args:
+            num_samples (int): The samples of the step.
+        """
+        if self._training is not None:
+            self._training.clear()
+            self._watched = None if self._function.looks else num_samples
+
+    def see_forward(self, state: State, num_samples: int) -> None:
+        """Sees a microbatch before its forward pass."""
+        assert self._training is not None
+        self._training.before_forward(state, num_samples)
+
+    def see_loss(self, state: State) -> None:
+        """Sees a microbatch before its loss."""
+        assert self._training is not None
+        self._training.before_loss(state)
+
+    def end_step(self, state: State, keep: float) -> None:
+        """Lets the rule decide whether to look at the next minibatch, on all ranks alike.
+
+        Args:
+            state (State): After the step.
+            keep (float): m/M, of steps that look.
+        """
+        assert self._training is not None
+        if self._watched is not None:
+            candidates = self._training.end(state, self._watched)
+            if candidates is not None and candidates.finite:
+                self._function.see_training(candidates, keep)
+            self._watched = None
+        findings = self._function.findings()
+        if dist.get_world_size() > 1:
+            sums = state.device.tensor_to_device(torch.tensor(findings, dtype=torch.float64))
+            dist.all_reduce(sums, reduce_operation="SUM")
+            findings = tuple(sums.tolist())
+        self._function.decide(findings, self._cost_of_a_look(keep))
 
     def cost(self, share: float) -> float:
         """Tells what the step that was selected for costs: see :func:`.step_cost`."""
@@ -87,6 +162,9 @@ class Selector:
         """Forgets what belongs to one ``fit``, in which modules may be replaced."""
         self.selection_pass.reset_fit()
         self.source.reset_fit(state)
+        self._watched = None
+        if self._training is not None:
+            self._training.clear()
         for part in (self.layer, self.weighting):
             if part is not None:
                 part.reset_fit()
@@ -157,6 +235,8 @@ class Selector:
 
     def _rehearse_rule(self, candidates: Candidates, num_picks: int) -> None:
         before = self._function.state_dict() if hasattr(self._function, "state_dict") else None
+        if before is not None:
+            self._function.reset()
         self._pick(candidates, num_picks)
         if before is not None:
             self._function.reset()

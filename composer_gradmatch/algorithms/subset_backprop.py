@@ -103,6 +103,8 @@ class SubsetBackprop(Algorithm):
         self._rows = RowWeights(self._reader, self._warn_once, self._owner)
         self._ranks = RanksInStep()
         self._steps = StepLog(log_name, self._warn_once)
+        #: Whether what the step shows is to be decided on.
+        self._decides = False
 
     @property
     def batches_not_matched(self) -> int:
@@ -119,6 +121,7 @@ class SubsetBackprop(Algorithm):
     def _reset_fit(self, state: State) -> None:
         """Forgets what belongs to one ``fit``, in which modules may be replaced."""
         self._steps.drop()
+        self._decides = False
         self._rows.reset_fit()
         self._ranks.reset_fit()
         self.selector.reset_fit(state)
@@ -145,13 +148,15 @@ class SubsetBackprop(Algorithm):
         if event == Event.AFTER_DATALOADER:
             return self.keep < 1 and (not self.selector.rehearsed or self._is_scheduled(state))
         if event == Event.BEFORE_FORWARD:
-            return self._rows.has_picks or self._ranks.watches_step
+            return self._rows.has_picks or self._ranks.watches_step or self.selector.watches
+        if event == Event.BEFORE_LOSS and self.selector.watches:
+            return True
         if event in (Event.BATCH_START, Event.BEFORE_LOSS, Event.AFTER_LOSS):
             return self._rows.has_weights
         if event == Event.AFTER_TRAIN_BATCH:
             return self.selector.source.serves
         if event == Event.BATCH_END:
-            return self._rows.has_picks or self._steps.is_late
+            return self._rows.has_picks or self._steps.is_late or self._decides
         return False
 
     def _is_scheduled(self, state: State) -> bool:
@@ -178,8 +183,13 @@ class SubsetBackprop(Algorithm):
         elif event == Event.BEFORE_FORWARD:
             state.batch = self._rows.enter_microbatch(state.batch)
             self._ranks.see_forward(state, lambda: self._reader.count(state.batch))
-        elif event == Event.BEFORE_LOSS and self.selector.weighting is not None:
-            self.selector.weighting.before_loss(state)
+            if self.selector.watches:
+                self.selector.see_forward(state, self._reader.count(state.batch))
+        elif event == Event.BEFORE_LOSS:
+            if self.selector.watches:
+                self.selector.see_loss(state)
+            if self.selector.weighting is not None and self._rows.has_weights:
+                self.selector.weighting.before_loss(state)
         elif event == Event.AFTER_LOSS:
             self._after_loss(state)
         elif event == Event.AFTER_TRAIN_BATCH:
@@ -232,7 +242,7 @@ class SubsetBackprop(Algorithm):
             self._train_whole(self._of_nothing(state), logger)
             return
         self._reader.learn(state.batch, num_samples)
-        num_picks = self._ranks.num_picks(state, num_samples, self.keep)
+        num_picks = self._ranks.num_picks(state, num_samples, self.selector.share(self.keep))
         if self.selector.looks:
             activate_training_weights(state, logger)
         if first:
@@ -243,6 +253,8 @@ class SubsetBackprop(Algorithm):
                 self._rows.rehearse(state, num_samples)
             return
         self.last_selection = None
+        self._decides = self.selector.decides
+        self.selector.begin_step(num_samples)
         # A single sample needs no selection, but a model may need all ranks in each forward pass.
         if num_picks == num_samples and not self._ranks.stay_in_step(state):
             return
@@ -253,6 +265,7 @@ class SubsetBackprop(Algorithm):
             self._train_whole(picks, logger)
         else:
             self._train_on(state, picks, num_samples)
+            self.selector.begin_step(len(picks.indices))
             filled_up = isinstance(selected, Picks) and len(picks.indices) > len(selected.indices)
             share = len(picks.indices) / num_samples
             cost = self.selector.cost(share)
@@ -324,4 +337,7 @@ class SubsetBackprop(Algorithm):
         self._steps.drop()
         if self.selector.weighting is not None:
             self.selector.weighting.end_step(state)
+        if self._decides:
+            self._decides = False
+            self.selector.end_step(state, self.keep)
         self._rows.clear()

@@ -32,6 +32,7 @@ __all__ = [
     "get_item",
     "map_tensors",
     "take_samples",
+    "targets_key",
     "tensor_leaves",
 ]
 
@@ -93,10 +94,16 @@ def count_samples(batch: Any, input_key: Any = 0, target_key: Any = 1) -> int:
     return _length_at_keys(batch, input_key, target_key)
 
 
+def targets_key(batch: Any, target_key: Any) -> Any:
+    """Tells where a batch has its targets: at ``"labels"`` of a mapping that has no key 1, the default."""
+    if isinstance(batch, Mapping) and target_key == 1 and 1 not in batch and "labels" in batch:
+        return "labels"
+    return target_key
+
+
 def describe_targets(batch: Any, target_key: Any) -> str:
     """Gives the targets' key, shape and range, for an error message."""
-    if isinstance(batch, Mapping) and target_key == 1 and 1 not in batch and "labels" in batch:
-        target_key = "labels"
+    target_key = targets_key(batch, target_key)
     if is_array(batch) and isinstance(target_key, int):
         return f"the batch itself, one tensor {_describe(batch)}"
     try:

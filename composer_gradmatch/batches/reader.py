@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from composer_gradmatch.batches.labels import class_labels
 from composer_gradmatch.batches.minibatch import copy_batch, count_samples, take_samples
 from composer_gradmatch.batches.sample_leaves import names_by_length, sample_names
 
@@ -34,6 +35,10 @@ class BatchReader:
     def count(self, batch: Any) -> int:
         """Counts the samples of a batch: see :func:`.count_samples`."""
         return count_samples(batch, self.input_key, self.target_key)
+
+    def labels(self, batch: Any, num_samples: int) -> torch.Tensor:
+        """Reads the class of each of the M samples of a batch: see :func:`.class_labels`."""
+        return class_labels(batch, self.target_key, num_samples)
 
     def learn(self, batch: Any, num_samples: int) -> None:
         """Takes note of what a batch of M samples shows not to be per sample."""

@@ -48,6 +48,7 @@ class OnePass(Source):
     """
 
     def __init__(self, two_passes: TwoPasses, warn: Callable[[str], None]) -> None:
+        super().__init__(two_passes.reader)
         self.two_passes, self.warn = two_passes, warn
         #: The pass; None until the first, and once it has been given up.
         self.single: SinglePass | None = None
@@ -106,7 +107,7 @@ class OnePass(Source):
         if self.single is None:
             layer = None if watched is None else watched.of(state)
             self.single = _import_single_pass()(model, lambda: selection_pass.precision(state), layer)
-        single = self.single
+        single, labels = self.single, self.labels_of(state.batch, num_samples)
         with span("selection_forward"):
             outputs = single.forward(state.batch, num_samples)
         with single.no_trace(), selection_pass.precision(state):
@@ -114,13 +115,13 @@ class OnePass(Source):
             losses = selection_pass.losses_of(state, outputs, copy_batch(state.batch), num_samples)
         if watched is None:
             seen = losses.detach()
-            return Candidates(num_samples, losses=seen, finite=lambda: bool(seen.isfinite().all()))
+            return Candidates(num_samples, losses=seen, labels=labels, finite=lambda: bool(seen.isfinite().all()))
         with span("output_gradients"):
             rows = single.inputs_and_grads(losses)
             inputs, grads, outputs = (each.movedim(watched.sample_dim or 0, 0) for each in rows)
         layer = watched.of(state)
         gradients = LayerGradients.of(layer, inputs, grads, outputs, num_samples)
-        return candidates_of(num_samples, losses.detach(), [gradients], layer)
+        return candidates_of(num_samples, losses.detach(), [gradients], layer, labels)
 
     def serve(self, state: State, picks: Picks) -> None:
         """Serves the picks' part of the pass to the Trainer: see :class:`.Source`."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from composer.core import State
 
+from composer_gradmatch.batches.reader import BatchReader
 from composer_gradmatch.forward.sample_checks import Rows
 from composer_gradmatch.rules.candidates import Candidates
 from composer_gradmatch.rules.cost import Passes
@@ -22,10 +25,16 @@ class Source:
 
     A step calls :meth:`begin_step`, :meth:`look`, :meth:`serve` with what was picked, :meth:`end_selection` whatever
     came of it, and, if :attr:`serves` is true, :meth:`end_step` after the backward pass.
+
+    Args:
+        reader (BatchReader): Reads the run's batches.
     """
 
     #: The one forward pass, where the source makes but one.
     single: SinglePass | None = None
+
+    def __init__(self, reader: BatchReader) -> None:
+        self.reader = reader
 
     @property
     def passes(self) -> Passes:
@@ -50,7 +59,11 @@ class Source:
             state (State): The run's state.
             num_samples (int): M.
         """
-        return Candidates(num_samples)
+        return Candidates(num_samples, labels=self.labels_of(state.batch, num_samples))
+
+    def labels_of(self, batch: Any, num_samples: int) -> Callable[[], torch.Tensor]:
+        """Gives what reads the classes of a batch's samples, for a rule that asks for them."""
+        return lambda: self.reader.labels(batch, num_samples)
 
     def rehearse(self, state: State, num_samples: int) -> Candidates:
         """Looks as :meth:`look` would on any later batch, for what may fail."""

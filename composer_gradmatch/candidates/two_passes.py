@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,11 @@ __all__ = ["TwoPasses", "candidates_of"]
 
 
 def candidates_of(
-    num_samples: int, losses: torch.Tensor, parts: Sequence[LayerGradients], layer: nn.Linear
+    num_samples: int,
+    losses: torch.Tensor,
+    parts: Sequence[LayerGradients],
+    layer: nn.Linear,
+    labels: Callable[[], torch.Tensor],
 ) -> Candidates:
     """Makes candidates of what was seen at the output layer.
 
@@ -33,6 +37,7 @@ def candidates_of(
         losses (torch.Tensor): ℓ, shape (M,).
         parts (Sequence[LayerGradients]): H and P, in the order of the samples.
         layer (nn.Linear): The output layer.
+        labels (Callable): Reads the samples' classes.
     """
 
     def gram() -> torch.Tensor:
@@ -49,6 +54,7 @@ def candidates_of(
         output_grads=lambda: all_grads(parts, layer),
         gram=gram,
         counts=counts,
+        labels=labels,
         finite=lambda: all(bool(part.finite) for part in parts) and bool(losses.isfinite().all()),
     )
 
@@ -62,6 +68,7 @@ class TwoPasses(Source):
     """
 
     def __init__(self, selection_pass: SelectionPass, layer: WatchedLayer | None = None) -> None:
+        super().__init__(selection_pass.reader)
         self.selection_pass, self.layer = selection_pass, layer
 
     @property
@@ -79,8 +86,8 @@ class TwoPasses(Source):
             parts = self.selection_pass.in_microbatches(
                 state, num_samples, lambda batch, n: self._gradients(state, watched, batch, n, num_samples)
             )
-        losses = torch.cat([losses for _, losses in parts])
-        return candidates_of(num_samples, losses, [gradients for gradients, _ in parts], layer)
+        losses, labels = torch.cat([losses for _, losses in parts]), self.labels_of(state.batch, num_samples)
+        return candidates_of(num_samples, losses, [gradients for gradients, _ in parts], layer, labels)
 
     @torch.no_grad()
     def _look_at_losses(self, state: State, num_samples: int) -> Candidates:
@@ -88,8 +95,8 @@ class TwoPasses(Source):
             parts = self.selection_pass.in_microbatches(
                 state, num_samples, lambda batch, n: self.selection_pass.forward(state, batch, n)[1]
             )
-        losses = torch.cat(parts).detach()
-        return Candidates(num_samples, losses=losses, finite=lambda: bool(losses.isfinite().all()))
+        losses, labels = torch.cat(parts).detach(), self.labels_of(state.batch, num_samples)
+        return Candidates(num_samples, losses=losses, labels=labels, finite=lambda: bool(losses.isfinite().all()))
 
     def _gradients(
         self, state: State, layer: WatchedLayer, batch: Any, n: int, num_samples: int

@@ -31,6 +31,8 @@ class Candidates:
         counts (torch.Tensor, optional): Where the layer runs at positions, each sample's number of rows of H and P,
             shape (M,). Default: ``None``.
         bias (bool, optional): Whether the output layer has a bias. Default: ``True``.
+        labels (torch.Tensor | Callable, optional): The samples' classes, integers, shape (M,), which no pass is needed
+            for. Default: ``None``.
         finite (bool | Callable, optional): Whether all that was looked at is finite. Default: ``True``.
 
     Attributes:
@@ -54,12 +56,13 @@ class Candidates:
         gram: torch.Tensor | Callable[[], torch.Tensor] | None = None,
         counts: torch.Tensor | None = None,
         bias: bool = True,
+        labels: torch.Tensor | Callable[[], torch.Tensor] | None = None,
         finite: bool | Callable[[], bool] = True,
     ) -> None:
         self.num_samples = num_samples
         self.counts = counts
         self._losses, self._inputs, self._output_grads, self._gram = losses, inputs, output_grads, gram
-        self._bias, self._finite = bias, finite
+        self._bias, self._labels, self._finite = bias, labels, finite
 
     @property
     def losses(self) -> torch.Tensor:
@@ -109,6 +112,23 @@ class Candidates:
         if self._gram is None and self._inputs is not None and self._output_grads is not None:
             return last_layer_gram(self.inputs.double(), self.output_grads.double(), self._bias)
         return self._given(self._gram, "the Gram matrix of last-layer gradients")
+
+    @cached_property
+    def labels(self) -> torch.Tensor:
+        """The samples' classes, int64, shape (M,): read from the batch's targets, whatever the rule needs.
+
+        Raises:
+            ValueError: If there are none, or they are no classes.
+        """
+        if self._labels is None:
+            raise ValueError("This rule asks for the samples' classes, but it was given none: Candidates(labels=...).")
+        labels = self._labels() if callable(self._labels) else self._labels
+        if labels.is_floating_point() or labels.shape != (self.num_samples,):
+            raise ValueError(
+                f"labels must be integers, one for each of the {self.num_samples} samples; got {labels.dtype} of shape "
+                f"{tuple(labels.shape)}."
+            )
+        return labels.long()
 
     @property
     def has_gram(self) -> bool:

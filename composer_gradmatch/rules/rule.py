@@ -30,9 +30,9 @@ class Rule:
 
         Rule(largest_losses, needs="losses", weighs=False)
 
-    A rule that remembers something from step to step is a class: its ``__init__`` takes the options, and its objects
-    have ``__call__(candidates, m)``, ``reset()``, ``state_dict()`` and ``load_state_dict(state)``. They are reset in
-    each new Trainer, and their state goes into checkpoints, that of each rank.
+    A rule may be a class, whose ``__init__`` takes the options, and whose objects have ``__call__(candidates, m)``. One
+    that remembers something from step to step also has ``reset()``, ``state_dict()`` and ``load_state_dict(state)``: it
+    is reset in each new Trainer, and its state goes into checkpoints, that of each rank.
 
     Attributes:
         function (Callable): ``function(candidates, m)``: see :class:`.Candidates`; m is the number of samples to

@@ -6,9 +6,19 @@ import difflib
 import warnings
 from importlib.metadata import EntryPoint, entry_points
 
+from composer_gradmatch.rules.calibrated import Calibrated
+from composer_gradmatch.rules.divbs import divbs
+from composer_gradmatch.rules.el2n import el2n
+from composer_gradmatch.rules.facility_location import facility_location
 from composer_gradmatch.rules.gradient_matching import gradient_matching
+from composer_gradmatch.rules.grand import grand
+from composer_gradmatch.rules.importance import ImportanceSampling
+from composer_gradmatch.rules.k_dpp import k_dpp
 from composer_gradmatch.rules.loss_percentiles import LossPercentiles
+from composer_gradmatch.rules.rank_based import RankBased
 from composer_gradmatch.rules.rule import Rule
+from composer_gradmatch.rules.stratified import stratified
+from composer_gradmatch.rules.top_loss import top_loss
 from composer_gradmatch.rules.uniform import uniform
 
 __all__ = ["GROUP", "RULES", "all_rules", "rule_named", "rule_names"]
@@ -22,7 +32,17 @@ RULES: dict[str, Rule] = {
     for rule in (
         Rule(gradient_matching, "gradmatch", takes_not_finite=True),
         Rule(LossPercentiles, "loss_backprop", needs="losses", weighs=False),
+        Rule(ImportanceSampling, "importance_backprop", color="#808000"),
         Rule(uniform, "random_backprop", needs="nothing", weighs=False),
+        Rule(stratified, needs="nothing", color="#17becf"),
+        Rule(top_loss, needs="losses", weighs=False, color="#e6194b"),
+        Rule(RankBased, "rank_based", needs="losses", weighs=False, color="#ff7f7f"),
+        Rule(el2n, weighs=False, color="#9a6324"),
+        Rule(grand, weighs=False, color="#5c3c92"),
+        Rule(Calibrated, "calibrated", color="#0000cd"),
+        Rule(facility_location, color="#66c2a5"),
+        Rule(divbs, weighs=False, color="#ff00aa"),
+        Rule(k_dpp, weighs=False, color="#aa4499"),
     )
 }
 

@@ -14,6 +14,7 @@ import torch
 
 from composer_gradmatch.algorithms.factory import algorithm_of
 from composer_gradmatch.algorithms.gradmatch import GradMatch
+from composer_gradmatch.algorithms.importance_backprop import ImportanceBackprop
 from composer_gradmatch.algorithms.loss_backprop import LossBackprop
 from composer_gradmatch.algorithms.random_backprop import RandomBackprop
 from composer_gradmatch.data.table import DATA_SETS
@@ -30,6 +31,7 @@ _ALGORITHMS: dict[str, Factory] = {
     "gradmatch": GradMatch,
     "random_backprop": RandomBackprop,
     "loss_backprop": LossBackprop,
+    "importance_backprop": ImportanceBackprop,
     "alibi": composer_algorithms.Alibi,
     "augmix": composer_algorithms.AugMix,
     "blurpool": composer_algorithms.BlurPool,

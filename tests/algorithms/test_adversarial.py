@@ -24,7 +24,15 @@ def _cases(only_first_form=False, only_refusals=False):
             first = only_first_form or (strategy.reuses and row.other is None)
             for kind in row.forms[:1] if first else row.forms:
                 if not only_refusals or row.outcome(strategy).refusal is not None:
-                    yield pytest.param(row, kind, strategy, id=f"{row.name}-{kind}-{strategy.name}")
+                    name = f"{row.name}-{kind}-{strategy.name}"
+                    yield pytest.param(row, kind, strategy, id=name, marks=_marks(strategy))
+
+
+def _marks(strategy):
+    return pytest.mark.slow if strategy.slow else ()
+
+
+BY_STRATEGY = [pytest.param(each, id=each.name, marks=_marks(each)) for each in STRATEGIES]
 
 
 def check(row, kind, strategy, start):
@@ -69,7 +77,7 @@ RESUMED = (
 )
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: strategy.name)
+@pytest.mark.parametrize("strategy", BY_STRATEGY)
 @pytest.mark.parametrize("row", [row for row in ROWS if row.name in RESUMED], ids=lambda row: row.name)
 def test_a_resumed_run_is_the_uninterrupted_one(row, strategy, tmp_path):
     form = row.form(row.forms[0])
@@ -89,7 +97,7 @@ def test_names_tell_rows_apart():
     assert set(RESUMED) <= set(names)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda strategy: strategy.name)
+@pytest.mark.parametrize("strategy", BY_STRATEGY)
 @pytest.mark.parametrize("fault", ["another target", "another sample", "a trace", "too many"])
 def test_the_lockstep_sees_a_fault(strategy, fault, monkeypatch):
     """A table that cannot fail would show nothing."""

@@ -10,13 +10,18 @@ import torch.nn.functional as F
 from cases import BATCHNORM, MLP, loader, make_trainer
 from selecting import SELECTING
 
-from composer_gradmatch import GradMatch, LossBackprop, select_first
+from composer_gradmatch import GradMatch, ImportanceBackprop, LossBackprop, select_first
 
 ON = {"start": 0.0, "end": 1.0, "keep": 0.4, "interrupt": 0}
 
 
 @pytest.mark.parametrize(
-    "make", [*SELECTING, pytest.param(partial(LossBackprop, history=30), id="loss_backprop with a history")]
+    "make",
+    [
+        *SELECTING,
+        pytest.param(partial(LossBackprop, history=30), id="loss_backprop with a history"),
+        pytest.param(ImportanceBackprop, id="importance_backprop that goes on and off"),
+    ],
 )
 def test_resuming_in_mid_epoch(make, tmp_path):
     def run(max_duration, **kwargs):

@@ -20,7 +20,8 @@ class Keeping:
         self.seen = []
 
     def __call__(self, candidates, m):
-        tensors = {name: getattr(candidates, name).clone() for name in ("losses", "inputs", "output_grads", "gram")}
+        names = ("losses", "inputs", "output_grads", "gram", "labels")
+        tensors = {name: getattr(candidates, name).clone() for name in names}
         self.seen.append({"num_samples": candidates.num_samples, **tensors})
         return torch.arange(m), None
 
@@ -51,6 +52,7 @@ def test_losses_and_gradients_come_together_and_are_the_samples_own(case, argume
     seen = seen_of(case, **arguments)
     losses, rows = explicit(case)
     assert seen["num_samples"] == M
+    assert torch.equal(seen["labels"], case.data(M).tensors[1])
     torch.testing.assert_close(seen["losses"].double(), losses, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(seen["gram"], rows @ rows.T, rtol=1e-4, atol=1e-6)
     outer = torch.einsum("mc,md->mcd", seen["output_grads"].double(), seen["inputs"].double()).flatten(1)
@@ -59,7 +61,7 @@ def test_losses_and_gradients_come_together_and_are_the_samples_own(case, argume
 
 def test_a_rule_of_losses_gets_no_gradients_and_one_of_nothing_no_losses():
     def of_losses(candidates, m):
-        assert len(candidates.losses) == M
+        assert len(candidates.losses) == len(candidates.labels) == M
         with pytest.raises(ValueError, match="needs='gradients'"):
             candidates.gram  # noqa: B018
         return candidates.losses.topk(m).indices, None
@@ -67,6 +69,7 @@ def test_a_rule_of_losses_gets_no_gradients_and_one_of_nothing_no_losses():
     def of_nothing(candidates, m):
         with pytest.raises(ValueError, match="needs='losses'"):
             candidates.losses  # noqa: B018
+        assert torch.equal(candidates.labels, MLP.data(M).tensors[1])
         return torch.arange(m), None
 
     for rule in (of_losses, of_nothing):

@@ -8,13 +8,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cases import CONV, loader, make_trainer, record_selections
+import torch
+from cases import CONV, On, loader, make_trainer, record_selections
 from composer import DataSpec
+from composer.core import Event
 from composer.utils import dist, get_device
 from launching import save_step
 from selecting import factory
 
-from composer_gradmatch import select_first
+from composer_gradmatch import ImportanceBackprop, select_first
 
 
 def make_step(folder, name, microbatch_size, shorter):
@@ -43,7 +45,17 @@ def make_step(folder, name, microbatch_size, shorter):
     save_step(folder, seen, model)
 
 
+def decide(folder):
+    """Whether the next minibatch is looked at, after each of some steps."""
+    algorithm = ImportanceBackprop(start=0.0, end=1.0, keep=0.2, interrupt=0)
+    switch, decided = algorithm.rule.function.switch, []
+    note = On(Event.BATCH_END, lambda state: decided.append(switch.state_dict()))
+    make_trainer(CONV.model(), loader(CONV.data(96), 12), [note, algorithm], max_duration="2ep", lr=0.5).fit()
+    torch.save(decided, folder / f"decided{dist.get_global_rank()}.pt")
+
+
 if __name__ == "__main__":
     dist.initialize_dist(get_device("cpu"))
     for number, case in enumerate(json.loads(sys.argv[2])):
         make_step(Path(sys.argv[1]) / str(number), *case)
+    decide(Path(sys.argv[1]))

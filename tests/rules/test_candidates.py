@@ -54,3 +54,10 @@ def test_what_was_not_looked_at_is_told_with_the_remedy(name):
 def test_finite_is_asked_late():
     assert Candidates(1).finite
     assert not Candidates(1, finite=lambda: False).finite
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(3), torch.zeros(2, dtype=torch.int64), torch.zeros(3, 2).long()])
+def test_labels_that_are_no_classes_are_refused(labels):
+    for given in (labels, lambda: labels):
+        with pytest.raises(ValueError, match="labels must be integers, one for each of the 3 samples; got torch"):
+            Candidates(3, labels=given).labels  # noqa: B018

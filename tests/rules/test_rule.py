@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from cases import Counting
+from selecting import REPRESENTATIVES, kinds_of
 
+import composer_gradmatch
 from composer_gradmatch import Candidates, Rule
 from composer_gradmatch.rules import table
 from composer_gradmatch.rules.table import RULES, all_rules, rule_named
@@ -72,6 +76,21 @@ def test_the_passes_follow_from_what_it_needs(needs, reuse, passes):
 def test_the_table_has_each_rule_under_its_own_name():
     assert list(RULES) == [rule.name for rule in RULES.values()]
     assert {"gradmatch", "loss_backprop", "random_backprop"} <= set(RULES)
+
+
+def test_one_rule_of_each_kind_stands_for_the_others_and_no_more():
+    kinds = set().union(*map(kinds_of, RULES.values()))
+    assert set().union(*(kinds_of(RULES[name]) for name in REPRESENTATIVES)) == kinds
+    assert len(REPRESENTATIVES) <= len(kinds)
+    assert {"gradmatch", "loss_backprop", "random_backprop"} <= REPRESENTATIVES < RULES.keys()
+
+
+def test_the_readme_tells_each_rule_as_its_record_does():
+    text = (Path(composer_gradmatch.__file__).parent / "rules" / "README.md").read_text()
+    told = re.findall(r"^\| `(\w+)` \| (nothing|losses|gradients) \| (yes|no) \|", text, re.MULTILINE)
+    assert told == [(name, rule.needs, "yes" if rule.weighs else "no") for name, rule in RULES.items()]
+    options = re.findall(r"^\| `(\w+)` \| [^|]+ \| `(\w+)` \|", text[text.index("## Options") :], re.MULTILINE)
+    assert sorted(options) == sorted((option, name) for name, rule in RULES.items() for option in rule.options)
 
 
 class Point:

@@ -33,6 +33,20 @@ def largest(candidates, m, *, smallest=False):
     return candidates.losses.topk(m, largest=not smallest).indices, None
 
 
+PAPERS = ("gradmatch", "loss_backprop", "random_backprop")
+
+
+@pytest.fixture
+def papers_rules(monkeypatch):
+    """No rule but the paper's; all in their order again after the test, and after what it adds to them is gone."""
+    saved = dict(RULES)
+    for name in saved.keys() - set(PAPERS):
+        del RULES[name]
+    yield
+    RULES.clear()
+    RULES.update(saved)
+
+
 def test_the_papers_strategies():
     names = ["gradmatch", "loss", "random", "selective_backprop", "gradmatch_reuse", "loss_reuse", "full"]
     assert list(STRATEGIES) == list(all_strategies())[:7] == names
@@ -42,7 +56,15 @@ def test_the_papers_strategies():
     assert costs == pytest.approx({**two_passes, **one_pass, "random": 0.3, "full": 1.0})
 
 
-def test_each_strategy_has_a_colour_and_a_marker_of_its_own(monkeypatch):
+def test_each_of_our_strategies_has_a_colour_of_its_own():
+    ours = [each for name, each in all_strategies().items() if not name.endswith("_reuse") or name in STRATEGIES]
+    assert {each.algorithm for each in ours} == {*RULES, "selective_backprop", None}
+    assert len({each.color for each in ours}) == len(ours)
+    everything = all_strategies().values()
+    assert len({(each.color, each.marker) for each in everything}) == len(everything)
+
+
+def test_each_strategy_has_a_colour_and_a_marker_of_its_own(papers_rules, monkeypatch):
     for number in range(5):
         monkeypatch.setitem(RULES, f"rule{number}", Rule(largest, f"rule{number}", needs="losses"))
     strategies = all_strategies().values()
@@ -53,7 +75,7 @@ def test_each_strategy_has_a_colour_and_a_marker_of_its_own(monkeypatch):
     assert all(to_hex(strategy.color) == strategy.color for strategy in strategies)
 
 
-def test_a_rule_is_a_strategy_by_its_own_name(monkeypatch):
+def test_a_rule_is_a_strategy_by_its_own_name(papers_rules, monkeypatch):
     monkeypatch.setitem(RULES, "top", Rule(largest, "top", needs="losses", color="#ff00ff", marker="d"))
     monkeypatch.setitem(RULES, "blind", Rule(lambda candidates, m: (range(m), None), "blind", needs="nothing"))
     found = all_strategies()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from selecting import param
 from tiny_data import write_bert, write_cifar, write_imagenet32, write_imdb, write_svhn
 from torchvision import datasets
 
@@ -63,10 +64,11 @@ def test_two_batches_train(path, tmp_path, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", [param(name, name) for name in RULES])
 def test_each_rule_is_a_key_away(name, tmp_path):
     (path,) = (path for path in CONFIGS if path.stem == "digits")
-    toggle = f"algorithms.{name}={{start: 0.0, end: 1.0, keep: 0.5, interrupt: 0}}"
+    always = ", switch: always" if "switch" in RULES[name].options else ""
+    toggle = f"algorithms.{name}={{start: 0.0, end: 1.0, keep: 0.5, interrupt: 0{always}}}"
     config = tiny(path, tmp_path, "algorithms.gradmatch=false", toggle)
     trainer = train(config)
     assert int(trainer.state.timestamp.batch) == 2
