@@ -31,7 +31,7 @@ blockquote p {{ margin: 0; }}
 table {{ border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }}
 th, td {{ border: 1px solid #d0d7de; padding: .35rem .6rem; text-align: left; vertical-align: top; }}
 th {{ background: #f6f8fa; }}
-img {{ display: block; max-width: 100%; height: auto; margin: 1rem auto; }}
+img {{ display: block; max-width: min(100%, 46rem); height: auto; margin: 1rem auto; }}
 code {{ background: #f6f8fa; padding: .1em .3em; border-radius: .2rem; font-size: .9em; }}
 pre {{ background: #f6f8fa; padding: .75rem; overflow-x: auto; border-radius: .3rem; }}
 pre code {{ padding: 0; }}

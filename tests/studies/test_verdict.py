@@ -93,6 +93,24 @@ def test_runs_that_become_dearer_do_not_break_the_budget():
     assert budget / 2 < verdict.ledger.spent <= 1.1 * budget
 
 
+def test_the_time_that_a_stage_still_takes_is_estimated_as_it_goes():
+    said = []
+
+    def tell(ledger):
+        said.append((ledger.stage, ledger.to_go, ledger.spent))
+
+    training = MadeUp(KNOWN)
+    verdict = ask(training, tell=tell)
+    assert {stage for stage, _, _ in said} >= {"headroom", "learning rates", "seeds, up to 5"}
+    ends = {stage: (to_go, spent) for stage, to_go, spent in said}
+    assert all(to_go == pytest.approx(0, abs=1e-6) for to_go, _ in ends.values())
+    # The stage that takes longest: what was still to go at each run is what it took from there.
+    for stage, to_go, spent in said:
+        if stage == "learning rates":
+            assert to_go == pytest.approx(ends[stage][1] - spent)
+    assert said[-1][2] == verdict.ledger.spent
+
+
 def test_random_at_a_third_of_the_cost_is_the_answer_before_anything_dear_is_run():
     training = MadeUp({**KNOWN, ("random", 0.1): (0.0, 0.15, 0.1)}, spread=0.001)
     verdict = ask(training)

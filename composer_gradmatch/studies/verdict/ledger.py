@@ -13,8 +13,8 @@ from composer_gradmatch.studies.verdict.trial import FULL, Cell, Outcome, Source
 
 __all__ = ["Ledger", "OutOfBudget"]
 
-#: The first of what is planned must fit the budget itself, a run that has become dearer meanwhile this much more.
-_SLACK = 1.05
+#: What is planned must fit this part of the budget: the rest is for the start, the report, and runs that take longer.
+_PLANNED = 0.95
 
 
 class OutOfBudget(Exception):  # It ends a stage, and is no error.
@@ -50,19 +50,20 @@ class Ledger:
     ) -> None:
         self.budget, self.spent, self.stage = budget, spent, ""
         self.taken: dict[Trial, Outcome] = {}
-        self._stage_ends = 0.0
+        self._begun: tuple[list[Trial], float] = ([], 0.0)
         self._by_cell: dict[Cell, list[tuple[Trial, Outcome]]] = {}
         self._source, self._guess, self._full_seconds, self._tell = source, guess, full_seconds, tell
 
     @property
     def left(self) -> float:
-        """Seconds left of the budget."""
-        return self.budget - self.spent
+        """Seconds left to plan with."""
+        return self.budget * _PLANNED - self.spent
 
     @property
     def to_go(self) -> float:
-        """Seconds that the stage takes from here, as far as was known at its beginning."""
-        return max(0.0, self._stage_ends - self.spent)
+        """Seconds that the stage still takes, as its runs have taken so far; which ones they are may have changed."""
+        trials, spent = self._begun
+        return max(0.0, sum(map(self._seconds, trials)) - (self.spent - spent))
 
     def begin(self, stage: str, trials: Iterable[Trial]) -> None:
         """Begins a stage, for whom it is told.
@@ -71,7 +72,8 @@ class Ledger:
             stage (str): What is going to be done.
             trials (Iterable[Trial]): What it takes at most.
         """
-        self.stage, self._stage_ends = stage, self.spent + self.estimate(trials)
+        new = [trial for trial in dict.fromkeys(trials) if trial not in self.taken]
+        self.stage, self._begun = stage, (new, self.spent)
 
     def estimate(self, trials: Iterable[Trial]) -> float:
         """Estimates the seconds that trials would take: those that are not taken yet, each once."""
@@ -102,7 +104,7 @@ class Ledger:
         for trial in trials:
             if trial in self.taken:
                 continue
-            if self.spent + self._seconds(trial) > self.budget * _SLACK:
+            if self.spent + self._seconds(trial) > self.budget:
                 raise OutOfBudget
             outcome = self._source(trial)
             self.taken[trial] = outcome

@@ -49,7 +49,8 @@ def _against_random(found: dict[str, Any]) -> list[str]:
     if not any(words.values()) or found["headroom"]["answers"]:
         return []
     said = [f"{kind}: {', '.join(names)}" for kind, names in words.items() if names]
-    return [f"Against random at equal cost, each with its own learning rate: {'; '.join(said)}."]
+    rates = "" if found["tuning"] is None else ", each with its own learning rate"
+    return [f"Against random at equal cost{rates}: {'; '.join(said)}."]
 
 
 def _interval(difference: dict[str, Any] | None) -> str:
@@ -120,14 +121,15 @@ def _times(found: dict[str, Any]) -> list[str]:
 
 def _headroom(found: dict[str, Any]) -> list[str]:
     headroom = found["headroom"]
+    if headroom["answers"]:
+        shown = "Random is within the margin at a third of the cost or less: that was the answer."
+    elif headroom["random"]:
+        shown = f"Random was not shown to be within the margin at {CHEAP:.0%} of the cost or less."
+    else:
+        shown = "Random was not looked at beforehand: that would take more than a quarter of the budget."
     lines = [
         f"The full batch's accuracy at the config's learning rate is {headroom['full_accuracy']:.4f}; the test set "
-        f"resolves {headroom['resolution']:.4f}. "
-        + (
-            "Random at a third of the cost or less is within the margin: that was the answer, and the rest was not run."
-            if headroom["answers"]
-            else f"Random was not shown to be within the margin at {CHEAP:.0%} of the cost or less."
-        ),
+        f"resolves {headroom['resolution']:.4f}. {shown}",
         "",
     ]
     if headroom["random"]:
