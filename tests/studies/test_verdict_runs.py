@@ -11,7 +11,6 @@ import torch
 
 from composer_gradmatch.rules.candidates import Candidates
 from composer_gradmatch.rules.picks import WholeBatch
-from composer_gradmatch.studies import run_study
 from composer_gradmatch.studies.__main__ import main
 from composer_gradmatch.studies.options import duration
 from composer_gradmatch.studies.provenance import provenance
@@ -153,13 +152,7 @@ class InThisProcess:
         pass
 
 
-def all_here(task, runs, jobs, logs):
-    for run in runs:
-        yield run, InThisProcess().do(task, run, logs)
-
-
 def test_a_verdict_on_digits_keeps_its_budget_and_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(run_study, "run_all", all_here)
     monkeypatch.setattr(source, "workers", lambda jobs: [InThisProcess()])
     out = tmp_path / "out"
     command = ["verdict", DIGITS, "max_duration=1ep", "--out", str(out), "--strategies", "full", "--keep", "0.1"]

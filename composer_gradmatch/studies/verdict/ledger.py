@@ -7,7 +7,7 @@ once more for the same trials, is given those that are on record, and decides wh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from statistics import fmean
+from statistics import median
 
 from composer_gradmatch.studies.verdict.trial import FULL, Cell, Outcome, Source, Trial
 
@@ -86,9 +86,9 @@ class Ledger:
             return [outcome.seconds * trial.share / each.share for each, outcome in whole]
 
         if own := known(trial.cell):
-            return fmean(own)
+            return median(own)
         full = known(FULL)
-        return self._guess(trial.cell) * (fmean(full) if full else self._full_seconds * trial.share)
+        return self._guess(trial.cell) * (median(full) if full else self._full_seconds * trial.share)
 
     def affords(self, trials: Iterable[Trial], part: float = 1.0) -> bool:
         """Tells whether trials fit what is left of the budget, or a part of that."""

@@ -14,7 +14,7 @@ import yaml
 from composer_gradmatch.studies.configs import accuracy_metric, quiet
 from composer_gradmatch.studies.planning import cells, training_run
 from composer_gradmatch.studies.step_time.plan import step_time_run
-from composer_gradmatch.studies.store import Run, Store, write_atomically
+from composer_gradmatch.studies.store import Record, Run, Store, write_atomically
 from composer_gradmatch.studies.strategies import selecting_entry, strategy_named, with_strategy
 from composer_gradmatch.studies.study import Plan
 from composer_gradmatch.studies.verdict.conduct import conduct
@@ -69,7 +69,7 @@ def plan_verdict(
     trials = [Trial(cell, rate, seed) for cell in (FULL, *candidates)]
     trials.append(Trial(FULL, rate, question.tuning_seed, 0.25, "validation"))
     adapt = partial(_conduct, config, question, run_of, budget, timing)
-    return Plan([run_of(trial) for trial in trials], shared, [timing], adapt)
+    return Plan([run_of(trial) for trial in trials], shared, adapt=adapt)
 
 
 def _test_samples(config: dict[str, Any]) -> int:
@@ -89,30 +89,32 @@ def _conduct(
     retry_failed: bool,
 ) -> list[Run]:
     """Makes the verdict and writes ``verdict.json``; no runs are left to be made."""
-    record = store.record(timing)
-    steps = [] if record is None else [row for row in record.rows if row["measured"] == "step"]
-    of_cell = {
-        cell: median(row["seconds"] for row in steps if (row["strategy"], row["keep"]) == cell)
-        for cell in {(row["strategy"], row["keep"]) for row in steps}
-    }
     batches = batches_of(config)
-    full = of_cell.get(FULL, 0.0) * (batches or 0)
-    spent = 0.0 if record is None else record.seconds
-
-    def guess(cell: Cell) -> float:
-        if cell in of_cell and FULL in of_cell:
-            return of_cell[cell] / of_cell[FULL]
-        return strategy_named(cell[0]).cost(cell[1])
-
     with make_in_worker(store) as make, Progress(budget) as progress:
+
+        def kept(run: Run, task: str) -> Record:
+            record = store.record(run)
+            if record is None or (retry_failed and record.error):
+                record = make(run, task)
+                store.save(run, record)
+            return record
+
+        # By the same worker, so that the time of its start is not taken for that of the first run.
+        timed = kept(timing, "composer_gradmatch.studies.step_time.timer:step_time")
+        of_cell = _step_seconds(timed)
+        full = of_cell.get(FULL, 0.0) * (batches or 0)
+        spent = timed.seconds
         noise = None
         run = _noise_run(config, run_of(Trial(FULL, question.rate, question.tuning_seed)))
         if store.record(run) is not None or 0 < full * _NOISE_COST <= _NOISE_PART * budget:
-            noise = store.record(run)
-            if noise is None:
-                noise = make(run, "composer_gradmatch.studies.verdict.noise_scale:noise_scale")
-                store.save(run, noise)
+            noise = kept(run, "composer_gradmatch.studies.verdict.noise_scale:noise_scale")
             spent += noise.seconds
+
+        def guess(cell: Cell) -> float:
+            if cell in of_cell and FULL in of_cell:
+                return of_cell[cell] / of_cell[FULL]
+            return strategy_named(cell[0]).cost(cell[1])
+
         source = stored(store, run_of, lambda run: make(run, TRAINING), retry_failed)
         ledger = Ledger(source, budget, guess, full, spent, progress.tell)
         try:
@@ -122,7 +124,7 @@ def _conduct(
     found = verdict.as_json()
     found["headroom"] |= {
         "step_times": [{"strategy": s, "keep": k, "seconds": of_cell[s, k]} for s, k in sorted(of_cell)],
-        "step_times_error": "" if record is None else record.error,
+        "step_times_error": timed.error,
         "noise_scale": [] if noise is None else noise.rows,
         "noise_scale_error": "" if noise is None else noise.error,
         "batch_size": config["global_train_batch_size"],
@@ -131,6 +133,15 @@ def _conduct(
     found["recommended"]["yaml"] = _entry(config, answer.cell, found["recommended"]["rate"])
     write_atomically(store.folder / "verdict.json", json.dumps(found, indent=1) + "\n")
     return []
+
+
+def _step_seconds(timed: Record) -> dict[Cell, float]:
+    """Gives the median time of each cell's step; nothing if they could not be timed."""
+    seconds: dict[Cell, list[float]] = {}
+    for row in timed.rows:
+        if row["measured"] == "step":
+            seconds.setdefault((row["strategy"], row["keep"]), []).append(row["seconds"])
+    return {cell: median(each) for cell, each in seconds.items()}
 
 
 def _noise_run(config: dict[str, Any], full: Run) -> Run:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from composer_gradmatch.studies.statistics import Difference
 from composer_gradmatch.studies.store import Store
 from composer_gradmatch.studies.tables import conditions, markdown
 from composer_gradmatch.studies.time_to_accuracy import Reached
@@ -56,7 +57,7 @@ def _against_random(found: dict[str, Any]) -> list[str]:
 def _interval(difference: dict[str, Any] | None) -> str:
     if difference is None:
         return ""
-    return f"{difference['mean']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}]"
+    return str(Difference(**difference))
 
 
 def _share(cost: dict[str, float] | None) -> str:
