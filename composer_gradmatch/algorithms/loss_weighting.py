@@ -125,12 +125,13 @@ class LossWeighting:
         model = unwrap(state.model)
         batch = self._given.again(state.batch)
         own_loss = cast(torch.Tensor, state.loss)
+        mean = own_loss.mean() if own_loss.dim() else own_loss
         with get_precision_context(state.precision, state.precision_config), back_at(model, self._moment):
             losses = per_sample_losses(model, state.outputs, batch, len(weights), self.selection_pass.loss_fn)
             scale = self._scale.read(
-                losses, own_loss.mean(), differentiable_outputs(state.outputs), self._recomputed_loss(state, batch)
+                losses, mean, differentiable_outputs(state.outputs), self._recomputed_loss(state, batch)
             )
-            loss = weighted_loss(losses, weights, own_loss, scale)
+            loss = weighted_loss(losses, weights, mean, scale)
         self._given = self._moment = None
         if rehearsing:
             return

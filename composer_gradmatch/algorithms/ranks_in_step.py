@@ -112,8 +112,10 @@ class RanksInStep:
         size = state.device_train_microbatch_size
         picked = len(picks.indices) if isinstance(picks, Picks) else num_samples
         fewest = self._fewest(state, picked)
-        microbatches = num_microbatches(picked, size)
         in_step, growth = self.stay_in_step(state), 1.0
+        if not in_step and smallest_microbatch(picked, size) >= fewest:
+            return picks
+        microbatches = num_microbatches(picked, size)
         if in_step:
             microbatches = largest_on_all_ranks(microbatches, state.device)
         wanted = enough_samples(picked, num_samples, state, fewest, microbatches)

@@ -80,6 +80,9 @@ class RowWeights:
         """
         assert self._weights is not None
         assert self._picked is not None
+        if self._picked.is_still(batch):
+            self._trained = self._picked
+            return
         num_samples = self.reader.count(batch)
         try:
             if num_samples != len(self._weights):
@@ -113,6 +116,9 @@ class RowWeights:
         Raises:
             ValueError: If it cannot be told which samples it has, in the first weighted step.
         """
+        if self._trained is not None and self._trained.is_still(microbatch):
+            self.of_microbatch = self._weights
+            return microbatch
         if self._picked is not None:
             microbatch = self._with_shared_tensors_whole(microbatch, self._trained or self._picked)
         if self._weights is None:

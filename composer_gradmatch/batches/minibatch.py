@@ -315,7 +315,7 @@ def _rows_of(leaf: Any, indices: torch.Tensor | slice) -> Any:
 
 def _copied(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
-        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+        return leaf.detach().clone().requires_grad_() if leaf.requires_grad else leaf.clone()
     return leaf.copy() if isinstance(leaf, np.ndarray) or hasattr(leaf, "iloc") else leaf
 
 

@@ -13,7 +13,7 @@ import numbers
 import os
 import types
 from collections import UserDict, UserList, deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,23 +30,29 @@ _WHOLE = (
     *(str, bytes, numbers.Number, enum.Enum, os.PathLike, type, types.ModuleType, types.FunctionType),
     *(types.MethodType, nn.Module, torch.utils.data.Dataset, torch.utils.data.DataLoader, torch.optim.Optimizer),
 )
+# Made once: a union of types is made anew wherever it is written.
+_ARRAYS = (torch.Tensor, np.ndarray)
+_SEQUENCES = (list, tuple, deque, UserList)
 
 
 def is_array(value: Any) -> bool:
     """Tells whether a value is a tensor or an array."""
-    return isinstance(value, torch.Tensor | np.ndarray)
+    return isinstance(value, _ARRAYS)
 
 
 def is_sequence(value: Any) -> bool:
     """Tells whether a value is a list, a tuple or the like, which strings are not."""
-    return isinstance(value, list | tuple | deque | UserList) and not isinstance(value, torch.Size)
+    return isinstance(value, _SEQUENCES) and not isinstance(value, torch.Size)
 
 
 def children(value: Any) -> list[tuple[Any, Any]] | None:
     """Gives the parts of a container, each with its key, index or attribute's name; None for a leaf."""
-    if type(value) in _PLAIN:
+    kind = type(value)
+    if kind in _PLAIN:
         return None
-    if isinstance(value, Mapping):
+    if kind is tuple or kind is list:
+        return list(enumerate(value))
+    if kind is dict or isinstance(value, Mapping):
         return list(value.items())
     if is_sequence(value):
         return list(enumerate(value))
@@ -58,7 +64,7 @@ def children(value: Any) -> list[tuple[Any, Any]] | None:
 
 def named_leaves(
     value: Any, stops: Collection[str] = (), name: str = "", inside: tuple[int, ...] = ()
-) -> Iterator[tuple[str, Any]]:
+) -> list[tuple[str, Any]]:
     """Lists each leaf with the dotted path of keys that leads to it, in a fixed order.
 
     Args:
@@ -69,11 +75,9 @@ def named_leaves(
     """
     parts = None if name in stops or id(value) in inside else children(value)
     if parts is None:
-        yield name, value
-        return
+        return [(name, value)]
     inside = (*inside, id(value))
-    for key, item in parts:
-        yield from named_leaves(item, stops, join(name, key), inside)
+    return [leaf for key, item in parts for leaf in named_leaves(item, stops, join(name, key), inside)]
 
 
 def join(name: str, key: Any) -> str:
@@ -110,7 +114,7 @@ class _Mapping:
         if parts is None:
             return self.function(name, value)
         # Twins may be leaves at one name and not at the other.
-        twin = id(value), tuple(stop[len(name) :] for stop in self.stops if stop.startswith(name))
+        twin = id(value), tuple([stop[len(name) :] for stop in self.stops if stop.startswith(name)])
         if not self.twins or twin not in self.made:
             self.inside.add(id(value))
             self.made[twin] = rebuild(value, [(key, self.of(item, join(name, key))) for key, item in parts])

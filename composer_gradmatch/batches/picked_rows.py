@@ -92,6 +92,22 @@ class RowRecord:
         wholes = {} if original is None else _leaves(original, leaves)
         return cls(leaves, num_rows, _versions(leaves), wholes, _versions(wholes), indices)
 
+    def is_still(self, batch: Any) -> bool:
+        """Tells whether a batch has the very tensors that were recorded, or views of all of them, unchanged.
+
+        Then its rows are known, without a look at anything else.
+        """
+        leaves = _leaves(batch, self.leaves)
+        return 0 < len(leaves) == len(self.versions) == len(self.leaves) and all(
+            isinstance(leaf, torch.Tensor) and self._is_all_of(name, leaf) for name, leaf in leaves.items()
+        )
+
+    def _is_all_of(self, name: str, leaf: torch.Tensor) -> bool:
+        whole = self.leaves[name]
+        if leaf._version != self.versions[name]:
+            return False
+        return leaf is whole or (leaf.shape == whole.shape and rows_in_memory(leaf, whole) == [*range(self.num_rows)])
+
     def updated(self, batch: Any) -> RowRecord:
         """Records the batch as it now is, of any number of rows, with the names of this record."""
         leaves = {name: leaf for name, leaf in _leaves(batch, self.leaves).items() if length(leaf) is not None}

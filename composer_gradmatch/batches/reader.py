@@ -56,4 +56,5 @@ class BatchReader:
 
     def copy_of(self, batch: Any, indices: torch.Tensor | slice, num_samples: int) -> Any:
         """Copies some of the M samples of a batch, for a forward pass or a loss that may change it as it likes."""
-        return copy_batch(self.take(batch, indices, num_samples))
+        whole = indices == slice(0, num_samples)
+        return copy_batch(batch if whole else self.take(batch, indices, num_samples))

@@ -86,7 +86,7 @@ def _read(value: Any, name: str, num_samples: int, whole: Set[str]) -> list[tupl
     inner = [n for _, leaf, n in leaves if leaf is not _PARTS and (n is not None or is_array(leaf))]
     if as_samples:
         return leaves if _is_nest(value, name, inner, num_samples, whole) else [(name, value, num_samples)]
-    if inner and (holds_arrays(value) or all(n == num_samples for n in inner)):
+    if inner and (all(n == num_samples for n in inner) or holds_arrays(value)):
         return [*leaves, (name, _PARTS, len(value))]
     return [(name, value, len(value))]
 

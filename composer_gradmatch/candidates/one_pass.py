@@ -15,7 +15,7 @@ from composer_gradmatch.candidates.two_passes import TwoPasses, candidates_of
 from composer_gradmatch.forward.losses import per_sample_losses
 from composer_gradmatch.forward.ranks import needs_all_ranks, unwrap
 from composer_gradmatch.forward.sample_checks import Rows
-from composer_gradmatch.last_layer.gradients import LayerGradients
+from composer_gradmatch.last_layer.gradients import LayerGradients, all_finite
 from composer_gradmatch.reuse.unsupported import UndecidedError, UnsupportedError
 from composer_gradmatch.rules.candidates import Candidates
 from composer_gradmatch.rules.cost import Passes
@@ -115,7 +115,7 @@ class OnePass(Source):
             losses = selection_pass.losses_of(state, outputs, copy_batch(state.batch), num_samples)
         if watched is None:
             seen = losses.detach()
-            return Candidates(num_samples, losses=seen, labels=labels, finite=lambda: bool(seen.isfinite().all()))
+            return Candidates(num_samples, losses=seen, labels=labels, finite=lambda: bool(all_finite(seen)))
         with span("output_gradients"):
             rows = single.inputs_and_grads(losses)
             inputs, grads, outputs = (each.movedim(watched.sample_dim or 0, 0) for each in rows)

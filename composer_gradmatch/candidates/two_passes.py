@@ -15,7 +15,14 @@ from composer_gradmatch.forward.ranks import unwrap
 from composer_gradmatch.forward.sample_checks import Rows, normalised_by_running_statistics
 from composer_gradmatch.forward.selection_pass import SelectionPass
 from composer_gradmatch.last_layer import OutputLayerTap
-from composer_gradmatch.last_layer.gradients import LayerGradients, all_grads, all_inputs, gram_of_all
+from composer_gradmatch.last_layer.gradients import (
+    LayerGradients,
+    all_finite,
+    all_grads,
+    all_inputs,
+    gram_of_all,
+    joined,
+)
 from composer_gradmatch.rules.candidates import Candidates
 from composer_gradmatch.rules.cost import Passes
 from composer_gradmatch.spans import span
@@ -28,7 +35,7 @@ def candidates_of(
     losses: torch.Tensor,
     parts: Sequence[LayerGradients],
     layer: nn.Linear,
-    labels: Callable[[], torch.Tensor],
+    labels: Callable[[], torch.Tensor] | None = None,
 ) -> Candidates:
     """Makes candidates of what was seen at the output layer.
 
@@ -37,7 +44,7 @@ def candidates_of(
         losses (torch.Tensor): ℓ, shape (M,).
         parts (Sequence[LayerGradients]): H and P, in the order of the samples.
         layer (nn.Linear): The output layer.
-        labels (Callable): Reads the samples' classes.
+        labels (Callable, optional): Reads the samples' classes. Default: ``None``.
     """
 
     def gram() -> torch.Tensor:
@@ -55,7 +62,7 @@ def candidates_of(
         gram=gram,
         counts=counts,
         labels=labels,
-        finite=lambda: all(bool(part.finite) for part in parts) and bool(losses.isfinite().all()),
+        finite=lambda: all(bool(part.finite) for part in parts) and bool(all_finite(losses)),
     )
 
 
@@ -86,7 +93,7 @@ class TwoPasses(Source):
             parts = self.selection_pass.in_microbatches(
                 state, num_samples, lambda batch, n: self._gradients(state, watched, batch, n, num_samples)
             )
-        losses, labels = torch.cat([losses for _, losses in parts]), self.labels_of(state.batch, num_samples)
+        losses, labels = joined([losses for _, losses in parts]), self.labels_of(state.batch, num_samples)
         return candidates_of(num_samples, losses, [gradients for gradients, _ in parts], layer, labels)
 
     @torch.no_grad()
@@ -95,8 +102,8 @@ class TwoPasses(Source):
             parts = self.selection_pass.in_microbatches(
                 state, num_samples, lambda batch, n: self.selection_pass.forward(state, batch, n)[1]
             )
-        losses, labels = torch.cat(parts).detach(), self.labels_of(state.batch, num_samples)
-        return Candidates(num_samples, losses=losses, labels=labels, finite=lambda: bool(losses.isfinite().all()))
+        losses, labels = joined(parts).detach(), self.labels_of(state.batch, num_samples)
+        return Candidates(num_samples, losses=losses, labels=labels, finite=lambda: bool(all_finite(losses)))
 
     def _gradients(
         self, state: State, layer: WatchedLayer, batch: Any, n: int, num_samples: int
@@ -113,7 +120,7 @@ class TwoPasses(Source):
                 raise
             return self._gradients(state, layer, batch, n, num_samples)
         layer.learn(tap)
-        return LayerGradients.of(layer.of(state), inputs, grads, tap.outputs, num_samples), losses
+        return LayerGradients.of(tap.layer, inputs, grads, tap.outputs, num_samples), losses
 
     def rows_of(self, state: State, batch: Any, num_samples: int) -> Rows:
         """Tells what is looked at of the samples of a small batch: :class:`.Source`."""

@@ -105,10 +105,10 @@ class LossScale:
         if losses.device.type != "cpu" or is_low(own_loss) or self._usual is None or not self._constant:
             return None
         scale = self._usual / len(losses)
-        sizes = losses.detach().double()
+        sizes = losses.tolist()
         factor, rounding = scale.item(), 16 * torch.finfo(own_loss.dtype).eps
-        error = own_loss.item() - factor * sizes.sum().item()
-        return scale if abs(error) <= rounding * abs(factor) * sizes.abs().sum().item() else None
+        error = own_loss.item() - factor * sum(sizes)
+        return scale if abs(error) <= rounding * abs(factor) * sum(map(abs, sizes)) else None
 
     def _move(self, device: torch.device) -> None:
         if self._usual is not None and self._constant is not None and self._usual.device != device:

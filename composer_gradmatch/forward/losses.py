@@ -151,14 +151,14 @@ def weighted_loss(
     Args:
         losses (torch.Tensor): ℓ, shape (n,), with their graph.
         weights (torch.Tensor): w, shape (n,).
-        own_loss (torch.Tensor): L, the model's own, unweighted loss of the same samples, with its graph.
+        own_loss (torch.Tensor): L, the model's own, unweighted loss of the same samples, a scalar with its graph.
         scale (torch.Tensor | float): 1/Z, as :class:`.LossScale` reads it.
 
     Returns:
         torch.Tensor: The weighted loss, a scalar.
     """
-    more = (weights.to(losses) - 1) * losses
-    return own_loss.mean() + (more.sum() * scale).to(own_loss.dtype)
+    more = (weights.to(losses) - 1) * scale * losses
+    return own_loss + more.sum().to(own_loss.dtype)
 
 
 def check_objective(losses: torch.Tensor, own_loss: Any, points: Sequence[torch.Tensor], scale: LossScale) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from composer.devices import Device
 from composer.utils import dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
+from composer_gradmatch.forward.modules import has_module_of, modules_of
+
 __all__ = ["is_sharded", "largest_on_all_ranks", "needs_all_ranks", "sum_on_all_ranks", "unwrap"]
+
+_SHARDED = (FullyShardedDataParallel, FSDPModule)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -16,17 +22,14 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Tells whether FSDP has spread a model's parameters over the ranks."""
-    if not torch.distributed.is_initialized():
-        return False
-    return any(isinstance(module, FullyShardedDataParallel | FSDPModule) for module in model.modules())
+def is_sharded(modules: Iterable[nn.Module]) -> bool:
+    """Tells whether FSDP has spread the parameters of one of a model's modules over the ranks."""
+    return torch.distributed.is_initialized() and has_module_of(modules, _SHARDED)
 
 
 def needs_all_ranks(model: nn.Module) -> bool:
     """Whether ranks must make a model's forward passes together: FSDP's parameters, SyncBatchNorm's statistics."""
-    together = (FullyShardedDataParallel, FSDPModule, nn.SyncBatchNorm)
-    return dist.get_world_size() > 1 and any(isinstance(module, together) for module in model.modules())
+    return dist.get_world_size() > 1 and has_module_of(modules_of(model), (*_SHARDED, nn.SyncBatchNorm))
 
 
 def largest_on_all_ranks(number: int, device: Device) -> int:

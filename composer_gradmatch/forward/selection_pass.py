@@ -115,7 +115,7 @@ class SelectionPass:
     def watched(self, state: State) -> Iterator[None]:
         """Finds the parameters that a pass changes by their contents, and puts them back."""
         model = unwrap(state.model)
-        if is_sharded(model):
+        if is_sharded(model.modules()):
             yield
             return
         contents = ParameterContents(model.parameters(), on_host=state.device.name == "gpu")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from composer_gradmatch.forward.modules import modules_of
 from composer_gradmatch.forward.numpy_state import NumpyState
 from composer_gradmatch.forward.ranks import is_sharded
 from composer_gradmatch.forward.traces import ModelTraces
@@ -34,7 +35,8 @@ def no_trace(model: nn.Module, parameters: Sequence[nn.Parameter] = ()) -> Itera
         ModelTraces: What is put back, which tells of other parameters that were changed.
     """
     generators = Generators.now()
-    traces = ModelTraces(model, attributes=not is_sharded(model), contents_of=parameters)
+    modules = modules_of(model)
+    traces = ModelTraces(modules, attributes=not is_sharded(modules), contents_of=parameters)
     try:
         yield traces
     finally:
@@ -94,7 +96,7 @@ class Moment:
     @classmethod
     def now(cls, model: nn.Module) -> Moment:
         """Takes them as they are."""
-        return cls(ModelTraces(model), Generators.now())
+        return cls(ModelTraces(modules_of(model)), Generators.now())
 
     def is_now(self) -> bool:
         """Tells whether nothing has changed since."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import operator
 from collections import deque
 from collections.abc import Iterable
-from itertools import islice
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import nn
 __all__ = ["ModelTraces", "ParameterContents"]
 
 #: Attributes that are torch's own: what is in them is remembered otherwise, or is none of a forward pass's business.
-_IN_ORDER = tuple(vars(nn.Module()))
+_IN_ORDER = list(vars(nn.Module()))
 _OWN_OF_TORCH = frozenset(_IN_ORDER)
 _NUMBERS = frozenset({bool, int, float})
 _CONTAINERS = frozenset({list, dict, set, deque})
@@ -28,25 +27,27 @@ _CHANGED_IN_PLACE = _CONTAINERS | {torch.Tensor}
 
 
 class ModelTraces:
-    """Remembers a model's buffers and its modules' attributes, in one walk over its modules.
+    """Remembers a model's buffers and its modules' attributes.
 
     Of attributes: numbers, lists, dicts, sets, and tensors without a graph; what comes into being later stays.
 
     Args:
-        model (nn.Module): The model.
+        modules (Iterable[nn.Module]): All modules of the model: see :func:`.modules_of`.
         attributes (bool, optional): Whether to remember attributes, and which parameters there are, too.
             Default: ``True``.
         contents_of (Iterable[nn.Parameter], optional): Parameters whose contents to remember. Default: ``()``.
     """
 
-    def __init__(self, model: nn.Module, attributes: bool = True, contents_of: Iterable[nn.Parameter] = ()) -> None:
+    def __init__(
+        self, modules: Iterable[nn.Module], attributes: bool = True, contents_of: Iterable[nn.Parameter] = ()
+    ) -> None:
         self._contents = ParameterContents(contents_of)
         self._buffers: list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]] = []
         self._parameters: list[tuple[dict[str, Any], str, nn.Parameter, int, int]] = []
         self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._containers: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for module in _modules_of(model):
+        for module in modules:
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     content = (buffer.detach() if buffer.requires_grad else buffer).clone()
@@ -60,12 +61,13 @@ class ModelTraces:
             self._attributes.append((held, held.copy()))
             if _holds_only_what_is_replaced(held):
                 continue
-            for name in held.keys() - _OWN_OF_TORCH:
-                value = held[name]
+            for name, value in held.items():
                 kind = type(value)
-                if kind in _CONTAINERS:
+                if kind not in _CHANGED_IN_PLACE or name in _OWN_OF_TORCH:
+                    continue
+                if kind is not torch.Tensor:
                     self._containers.append((value, value.copy()))
-                elif kind is torch.Tensor and not value.requires_grad:
+                elif not value.requires_grad:
                     self._tensors.append((value, value.clone()))
 
     def changed_parameters(self) -> list[nn.Parameter]:
@@ -127,21 +129,10 @@ class ModelTraces:
                 _refill(container, content)
 
 
-def _modules_of(model: nn.Module) -> list[nn.Module]:
-    """Tells what ``model.modules()`` goes over, without the names that it makes on its way."""
-    found, seen = [model], {model}
-    for module in found:
-        for child in module._modules.values():
-            if child is not None and child not in seen:
-                seen.add(child)
-                found.append(child)
-    return found
-
-
 def _holds_only_what_is_replaced(held: dict[str, Any]) -> bool:
     """Whether a module's attributes are seen at a glance to be numbers and the like, which never change in place."""
-    others = islice(held.values(), len(_IN_ORDER), None)
-    return all(map(operator.is_, held, _IN_ORDER)) and _CHANGED_IN_PLACE.isdisjoint(map(type, others))
+    first = len(_IN_ORDER)
+    return [*held][:first] == _IN_ORDER and _CHANGED_IN_PLACE.isdisjoint(map(type, [*held.values()][first:]))
 
 
 def _put_back(held: dict[str, Any], before: dict[str, Any]) -> None:

@@ -12,11 +12,24 @@ from torch.distributed.tensor import DTensor
 from composer_gradmatch.last_layer.gram import last_layer_gram
 from composer_gradmatch.last_layer.position_gram import SoftmaxGrads, position_gram
 
-__all__ = ["STORED_BYTES", "LayerGradients", "all_grads", "all_inputs", "gram_of_all"]
+__all__ = ["STORED_BYTES", "LayerGradients", "all_finite", "all_grads", "all_inputs", "gram_of_all", "joined"]
 
 #: The most memory for all of P as it is: above, P of a softmax cross-entropy is kept as what computes it again
 #: (unless FSDP has the layer's weight in parts, or the loss is another one: then all of P is kept).
 STORED_BYTES = 64 * 2**20
+
+
+def all_finite(values: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
+    """Tells whether all numbers are finite, a boolean scalar: by their sum, in a precision in which it is then, too."""
+    total = values.sum(dtype=torch.float64)
+    for each in more:
+        total = total + each.sum(dtype=torch.float64)
+    return total.isfinite()
+
+
+def joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Puts parts of a minibatch together; of one there is nothing to copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @dataclass(frozen=True)
@@ -49,7 +62,7 @@ class LayerGradients:
             outputs (torch.Tensor): What the layer put out, of P's shape.
             num_samples (int): M, the number of samples in all.
         """
-        finite = inputs.isfinite().all() & grads.isfinite().all()
+        finite = all_finite(inputs, grads)
         if inputs.untyped_storage().nbytes() > inputs.nbytes:
             inputs = inputs.clone()  # A view (of the first position, say) keeps all of the backbone's output.
         if inputs.dim() == 2:
@@ -78,7 +91,7 @@ def all_inputs(parts: Sequence[LayerGradients]) -> torch.Tensor:
     Args:
         parts (Sequence[LayerGradients]): In the order of the samples.
     """
-    return torch.cat([part.inputs for part in parts])
+    return joined([part.inputs for part in parts])
 
 
 def all_grads(parts: Sequence[LayerGradients], layer: nn.Linear) -> torch.Tensor:
@@ -102,7 +115,7 @@ def _columns(parts: Sequence[LayerGradients], layer: nn.Linear) -> Callable[[int
             else part.grads.columns(part.inputs, weight, bias, start, stop)
             for part in parts
         ]
-        return torch.cat(found)
+        return joined(found)
 
     return columns
 
@@ -118,8 +131,8 @@ def gram_of_all(parts: Sequence[LayerGradients], layer: nn.Linear) -> torch.Tens
     stored = [part.grads for part in parts if isinstance(part.grads, torch.Tensor)]
     has_bias = layer.bias is not None
     if parts[0].counts is None:
-        return last_layer_gram(inputs.double(), torch.cat(stored).double(), has_bias)
+        return last_layer_gram(inputs.double(), joined(stored).double(), has_bias)
     counts = torch.cat([part.counts for part in parts if part.counts is not None])
     if len(stored) == len(parts):
-        return position_gram(inputs, torch.cat(stored), counts, layer.out_features, has_bias)
+        return position_gram(inputs, joined(stored), counts, layer.out_features, has_bias)
     return position_gram(inputs, _columns(parts, layer), counts, layer.out_features, has_bias)

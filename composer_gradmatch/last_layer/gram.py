@@ -51,5 +51,5 @@ def last_layer_gram(inputs: Array, output_grads: Array, bias: bool = True) -> Ar
         return gram if isinstance(inputs, torch.Tensor) else gram.numpy()  # pyright: ignore[reportReturnType]
     products = inputs @ inputs.T
     if bias:
-        products = products + 1
+        products += 1
     return products * (output_grads @ output_grads.T)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -37,18 +38,19 @@ class Match:
     residual: torch.Tensor
     found: torch.Tensor | None = None
 
-    def metrics(self, num_samples: int) -> dict[str, torch.Tensor]:
-        """Tells what to log of the match: scalars on the device of the weights.
+    def metrics(self, num_samples: int) -> dict[str, float | torch.Tensor]:
+        """Tells what to log of the match: numbers, or scalars on the device of the weights.
 
         Args:
             num_samples (int): M.
         """
-        matched = (self.weights > 0).sum(dtype=torch.float64)
+        weights: Any = self.weights.numpy() if self.weights.device.type == "cpu" else self.weights
+        matched = (weights > 0).sum()
         return {
             "fraction_kept": matched / num_samples,
-            "effective_sample_size": effective_sample_size(self.weights),
+            "effective_sample_size": effective_sample_size(weights),
             # Relative to the mean of those that are not zero.
-            "largest_weight": self.weights.max() * matched / len(self.weights),
+            "largest_weight": weights.max() * matched / len(weights),
             "matching_residual": self.residual,
         }
 
@@ -82,14 +84,17 @@ def match_mean_gradient(
         ValueError: If the Gram matrix is not finite, or what a function as ``solver`` returns is out of range.
     """
     with span("matching"):
-        gram = gram.cpu()
-        target = gram.mean(1)
-        indices, weights = gram_omp(gram, target, num_picks, solver=solver, ridge=ridge, tolerance=tolerance)
-    indices, weights = indices[weights > 0], weights[weights > 0]
+        # As arrays: of so few numbers, what torch's operators cost is the calls.
+        rows = gram.detach().cpu().numpy()
+        target = rows.mean(1)
+        indices, weights = gram_omp(rows, target, num_picks, solver=solver, ridge=ridge, tolerance=tolerance)
+    positive = weights > 0
+    indices, weights = indices[positive], weights[positive]
     if not len(indices):
         return None
     weights = normalize_weights(weights) if kind == "normalized" else weights * len(weights)
-    return Match(indices, weights, matching_residual(gram, target, indices, weights))
+    residual = matching_residual(rows, target, indices, weights)
+    return Match(torch.from_numpy(indices), torch.from_numpy(weights), torch.tensor(residual))
 
 
 def match_on_device(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -55,29 +55,29 @@ def normalize_weights(weights: Array) -> Array:
     return clipped * (len(clipped) / clipped.sum())  # pyright: ignore[reportReturnType]
 
 
-def matching_residual(
-    gram: torch.Tensor, target: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
+def matching_residual(gram: Array, target: Array, indices: Array, weights: Array) -> Array:
     """Computes the relative matching residual ‖(1/n)Σᵢ wᵢgᵢ − ḡ‖² / ‖ḡ‖² of the weights that training uses.
 
     Normalised weights leave a larger one than the solver's own least-squares weights.
 
     Args:
-        gram (torch.Tensor): K, shape (M, M).
-        target (torch.Tensor): The row means of K, shape (M,).
-        indices (torch.Tensor): I, shape (n,).
-        weights (torch.Tensor): w, shape (n,).
+        gram (np.ndarray | torch.Tensor): K, shape (M, M).
+        target (np.ndarray | torch.Tensor): The row means of K, shape (M,).
+        indices (np.ndarray | torch.Tensor): I, shape (n,).
+        weights (np.ndarray | torch.Tensor): w, shape (n,).
 
     Returns:
-        torch.Tensor: The residual, a scalar on the device of ``gram``; 0 for a perfect match, NaN if ‖ḡ‖ = 0.
+        np.ndarray | torch.Tensor: The residual, a scalar of the same kind, on the device of ``gram``; 0 for a perfect
+        match, NaN if ‖ḡ‖ = 0.
     """
-    unit = weights / len(weights)
-    mean_squared = target.mean()
-    picked = gram.index_select(0, indices).index_select(1, indices)
-    error = unit @ picked @ unit - 2 * unit @ target.index_select(0, indices) + mean_squared
-    return torch.where(mean_squared > 0, error.clamp(min=0) / mean_squared, torch.nan)
+    unit: Any = weights / len(weights)
+    mean_squared: Any = target.mean()
+    error = unit @ gram[indices][:, indices] @ unit - 2 * unit @ target[indices] + mean_squared
+    if isinstance(mean_squared, torch.Tensor):
+        return torch.where(mean_squared > 0, error.clamp(min=0) / mean_squared, torch.nan)  # pyright: ignore[reportReturnType]
+    return error.clip(min=0) / mean_squared if mean_squared > 0 else mean_squared * np.nan
 
 
-def effective_sample_size(weights: torch.Tensor) -> torch.Tensor:
+def effective_sample_size(weights: Array) -> Array:
     """Computes Kish's effective sample size (Σw)²/Σw², a scalar: n for n equal weights, 1 if one carries everything."""
-    return weights.sum() ** 2 / (weights**2).sum()
+    return weights.sum() ** 2 / (weights**2).sum()  # pyright: ignore[reportReturnType]

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from composer_gradmatch.batches import take_samples
+from composer_gradmatch.forward.modules import modules_of
 from composer_gradmatch.forward.torch_private import tree_flatten
 from composer_gradmatch.forward.traceless import Generators
 from composer_gradmatch.forward.traces import ModelTraces
@@ -87,7 +88,7 @@ class OutputChecks:
         graphs = made.run.graphs
         rows = _two_samples(graphs.steps, minibatch.num_samples)
         together = graphs.random or graphs.normalises or not self._runs_alone
-        after, restore = Generators.now(), ModelTraces(self._forward.model).restore
+        after, restore = Generators.now(), ModelTraces(modules_of(self._forward.model)).restore
         inputs = minibatch.inputs(minibatch.batch)
         minibatch.start.rewind()
         try:

@@ -29,6 +29,7 @@ from composer import Trainer
 from torch import nn
 
 from composer_gradmatch.batches import copy_batch, copy_structure, tensor_leaves
+from composer_gradmatch.forward.modules import modules_of
 from composer_gradmatch.forward.torch_private import BATCH_NORMS, tree_map_only
 from composer_gradmatch.forward.traceless import Generators
 from composer_gradmatch.forward.traces import ModelTraces
@@ -141,7 +142,7 @@ class SinglePass:
         assert self._state is not None
         restore = None
         if any(module._buffers and not isinstance(module, BATCH_NORMS) for module in self.model.modules()):
-            restore = ModelTraces(self.model, attributes=False).restore_buffers
+            restore = ModelTraces(modules_of(self.model), attributes=False).restore_buffers
         yield
         if restore is not None and self._state.change() is not None:
             restore()

@@ -7,6 +7,7 @@ from collections.abc import Set
 import torch
 from torch import nn
 
+from composer_gradmatch.forward.modules import modules_of
 from composer_gradmatch.forward.traceless import Generators
 from composer_gradmatch.forward.traces import ModelTraces
 
@@ -21,7 +22,7 @@ class Start:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model, self._traces = model, ModelTraces(model)
+        self._model, self._traces = model, ModelTraces(modules_of(model))
         #: The generators before and after the forward pass.
         self._before = self._after = Generators.now()
 

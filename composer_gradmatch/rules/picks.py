@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,14 +91,15 @@ def as_picks(result: Any, num_samples: int, rule: str, weighs: bool) -> Picks | 
 
 
 def _check_values(indices: torch.Tensor, weights: torch.Tensor | None, num_samples: int, rule: str) -> None:
-    if int(indices.min()) < 0 or int(indices.max()) >= num_samples:
+    picked = indices.tolist()
+    if min(picked) < 0 or max(picked) >= num_samples:
         raise ValueError(
-            f"The rule {rule!r} returned indices from {int(indices.min())} to {int(indices.max())}; expected samples "
-            f"of the minibatch, 0 to {num_samples - 1}."
+            f"The rule {rule!r} returned indices from {min(picked)} to {max(picked)}; expected samples of the "
+            f"minibatch, 0 to {num_samples - 1}."
         )
-    if len(indices.unique()) < len(indices):
+    if len(set(picked)) < len(picked):
         raise ValueError(
             f"The rule {rule!r} picked a sample twice. Pick it once, with a weight that counts it as often."
         )
-    if weights is not None and not bool(weights.isfinite().all()):
+    if weights is not None and not all(map(math.isfinite, weights.tolist())):
         raise ValueError(f"The rule {rule!r} returned weights that are not finite.")
