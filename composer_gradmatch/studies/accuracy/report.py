@@ -103,9 +103,9 @@ def report_accuracy(store: Store, name: str) -> list[str]:
         "the full batch is compared with the full batch.",
         "",
     ]
+    lines += time_lines(store, title)
     if costs:
         lines += _cost_table(data, costs)
-    lines += time_lines(store, title)
     lines += _rate_table(store, data)
     draw_accuracy(data, store.folder / "accuracy", title)
     priced = data.assign(
