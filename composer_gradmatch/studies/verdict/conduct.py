@@ -111,10 +111,12 @@ class Verdict:
     def _candidate(self, cell: Cell, target: float) -> dict[str, Any]:
         standing = self.standings[cell]
         runs = self._runs(cell)
+        looked_at = standing.compared.seeds if standing.compared else 0
+        accuracies = [run.last for seed, run in runs.items() if seed < self.question.seed + looked_at]
         return {
             **_cell(cell),
             "rate": self.rates.get(cell, self.question.rate),
-            "accuracy": mean(run.last for run in runs.values()) if runs else None,
+            "accuracy": mean(accuracies) if accuracies else None,
             "against_full": "failed" if standing.error else standing.against_full,
             "against_random": standing.against_random,
             **_shown(standing.compared),

@@ -107,7 +107,8 @@ def draw_curves(found: dict[str, Any], path: Path, title: str) -> None:
     heights = [value for each in rows for value in each["curve"]["accuracy"]]
     # The first epochs are far below, and what is to be told apart is at the top.
     bottom = max(min(heights), target - 6 * max(max(heights) - target, found["margin"]))
-    axes.set_ylim(bottom, max(heights) + 0.05 * (max(heights) - bottom))
+    bottom = min(bottom, target)
+    axes.set_ylim(bottom, max(heights) + max(0.05 * (max(heights) - bottom), 0.1 * found["margin"]))
     axes.set(xlabel="training time so far, share of the full batch's", ylabel="test accuracy", title=title)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=4)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from statistics import mean
+from typing import NoReturn
 
 from composer_gradmatch.studies.verdict.bounds import LOOKS
 from composer_gradmatch.studies.verdict.comparing import Compared, compare
-from composer_gradmatch.studies.verdict.ledger import Ledger
+from composer_gradmatch.studies.verdict.ledger import Ledger, OutOfBudget
 from composer_gradmatch.studies.verdict.question import Question
 from composer_gradmatch.studies.verdict.trial import FULL, Cell, Outcome, Trial
 from composer_gradmatch.train.config import ConfigError
@@ -50,15 +51,16 @@ def look_for_headroom(ledger: Ledger, question: Question) -> Headroom:
     Raises:
         ConfigError: If the budget is too small for a single run of the full batch, that fails, or the margin is below
             what the test set can resolve.
-        OutOfBudget: If the runs have become dearer than the budget.
     """
     first = Trial(FULL, question.rate, question.seed)
     ledger.begin("headroom", [first])
-    _check_budget(ledger.estimate([first]) + ledger.spent, ledger.estimate([first]), ledger)
+    if not ledger.fits(first):
+        _refuse_budget(ledger.estimate([first]), ledger)
     (outcome,) = ledger.take([first])
     if outcome.error:
         raise ConfigError(f"the full batch's first run failed, and all is measured by it: {outcome.error}")
-    _check_budget(ledger.spent, outcome.seconds, ledger)
+    if ledger.spent > ledger.budget:
+        _refuse_budget(outcome.seconds, ledger)
     headroom = Headroom(outcome.last, _resolution(outcome.last, question.test_samples))
     _check_margin(headroom, question)
 
@@ -74,7 +76,10 @@ def look_for_headroom(ledger: Ledger, question: Question) -> Headroom:
         cost = ledger.estimate(trials)
         available -= cost
         ledger.begin("headroom", trials)
-        results = _by_cell(ledger, trials)
+        try:
+            results = _by_cell(ledger, trials)
+        except OutOfBudget:
+            break
         headroom.errors = {cell: o.error for cell, runs in results.items() for o in runs if o.error}
         if FULL in headroom.errors:
             raise ConfigError(f"a run of the full batch failed, and all is measured by it: {headroom.errors[FULL]}")
@@ -103,13 +108,13 @@ def _by_cell(ledger: Ledger, trials: list[Trial]) -> dict[Cell, list[Outcome]]:
     return results
 
 
-def _check_budget(needed: float, run: float, ledger: Ledger) -> None:
-    if needed > ledger.budget:
-        raise ConfigError(
-            f"--budget {ledger.budget:.0f}s is too small for a single run of the full batch, which takes about "
-            f"{run:.0f} s here. A verdict takes some {LOOKS[0]} to {LOOKS[3]} runs of each candidate, and those that "
-            f"learning rates are chosen by: try --budget {max(1, round(run))}m or more, or fewer candidates."
-        )
+def _refuse_budget(run: float, ledger: Ledger) -> NoReturn:
+    raise ConfigError(
+        f"--budget {ledger.budget:.0f}s is too small for a single run of the full batch, which takes about {run:.0f} s "
+        f"here, beside the {ledger.spent:.0f} s that were spent. A verdict takes some {LOOKS[0]} to {LOOKS[3]} runs of "
+        f"each candidate, and those that learning rates are chosen by: try --budget {max(1, round(run))}m or more, or "
+        "fewer candidates."
+    )
 
 
 def _resolution(accuracy: float, samples: int) -> float:

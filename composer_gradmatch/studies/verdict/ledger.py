@@ -13,12 +13,14 @@ from composer_gradmatch.studies.verdict.trial import FULL, Cell, Outcome, Source
 
 __all__ = ["Ledger", "OutOfBudget"]
 
-#: What is planned must fit this part of the budget: the rest is for the start, the report, and runs that take longer.
-_PLANNED = 0.95
-
 
 class OutOfBudget(Exception):  # It ends a stage, and is no error.
     """The next run does not fit any more."""
+
+
+def _reserve(budget: float) -> float:
+    """Gives what is kept for the start, the report, and runs that take longer: a twentieth, but of seconds more."""
+    return min(max(0.05 * budget, 20.0), 0.1 * budget)
 
 
 class Ledger:
@@ -49,6 +51,7 @@ class Ledger:
         tell: Callable[[Ledger], None] | None = None,
     ) -> None:
         self.budget, self.spent, self.stage = budget, spent, ""
+        self._reserve = _reserve(budget) if budget < float("inf") else 0.0
         self.taken: dict[Trial, Outcome] = {}
         self._begun: tuple[list[Trial], float] = ([], 0.0)
         self._by_cell: dict[Cell, list[tuple[Trial, Outcome]]] = {}
@@ -57,7 +60,7 @@ class Ledger:
     @property
     def left(self) -> float:
         """Seconds left to plan with."""
-        return self.budget * _PLANNED - self.spent
+        return self.budget - self._reserve - self.spent
 
     @property
     def to_go(self) -> float:
@@ -94,6 +97,10 @@ class Ledger:
         """Tells whether trials fit what is left of the budget, or a part of that."""
         return self.estimate(trials) <= self.left * part
 
+    def fits(self, trial: Trial) -> bool:
+        """Tells whether one more trial can be begun: it may take half of what is kept in reserve."""
+        return self._seconds(trial) <= self.left + self._reserve / 2
+
     def take(self, trials: Iterable[Trial]) -> list[Outcome]:
         """Takes trials, one after the other.
 
@@ -104,7 +111,7 @@ class Ledger:
         for trial in trials:
             if trial in self.taken:
                 continue
-            if self.spent + self._seconds(trial) > self.budget:
+            if not self.fits(trial):
                 raise OutOfBudget
             outcome = self._source(trial)
             self.taken[trial] = outcome

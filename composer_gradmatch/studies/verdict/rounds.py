@@ -56,7 +56,7 @@ def play_rounds(
     """Runs candidates, the full batch and random with the same seeds, look by look.
 
     A round takes all candidates that are at the same look, the ones nearest to a decision first, as far as all of it
-    fits the budget; those that do not fit wait, and others go on.
+    fits the budget; those that do not fit, or no longer do within the round, wait, and others go on.
 
     Args:
         ledger (Ledger): Takes the trials.
@@ -70,9 +70,15 @@ def play_rounds(
     """
     while active := _next_round(ledger, question, rates, standings):
         seeds, cells = active
-        trials = _trials(cells, rates, seeds, question, standings)
-        ledger.begin(f"seeds, up to {seeds}", trials)
-        ledger.take(trials)
+        ledger.begin(f"seeds, up to {seeds}", _trials(cells, rates, seeds, question, standings))
+        trials = []
+        for seed in range(question.seed, question.seed + seeds):
+            trials = _trials(cells, rates, seeds, question, standings)
+            # Where runs have become dearer, rather a few looks than none.
+            while len(cells) > 1 and not ledger.affords(trials):
+                cells.pop()
+                trials = _trials(cells, rates, seeds, question, standings)
+            ledger.take(trial for trial in trials if trial.seed == seed)
         results: dict[Cell, list[Outcome]] = {}
         for trial in trials:
             results.setdefault(trial.cell, []).append(ledger.taken[trial])
