@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from composer_gradmatch.algorithms.random_backprop import RandomBackprop
     from composer_gradmatch.algorithms.rule_backprop import RuleBackprop
     from composer_gradmatch.algorithms.select_first import select_first
+    from composer_gradmatch.batches.sample_numbers import number_samples
     from composer_gradmatch.last_layer import last_layer_gram
     from composer_gradmatch.matching import gram_omp, normalize_weights
     from composer_gradmatch.rules.candidates import Candidates
@@ -36,6 +37,7 @@ __all__ = [
     "gram_omp",
     "last_layer_gram",
     "normalize_weights",
+    "number_samples",
     "select_first",
     "select_using_gradient_matching",
 ]
@@ -54,6 +56,7 @@ _MODULES = {
     "gram_omp": "matching",
     "last_layer_gram": "last_layer",
     "normalize_weights": "matching",
+    "number_samples": "batches.sample_numbers",
     "select_first": "algorithms.select_first",
     "select_using_gradient_matching": "algorithms.functional",
 }

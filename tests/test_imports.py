@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "benchmarks": {"algorithms", "candidates", "data", "last_layer", "matching", "models", "rules", "train"},
 }
 MAY_IMPORT = {folder: {folder, *others} for folder, others in MAY_IMPORT.items()}
-MAY_IMPORT["__init__"] = {"algorithms", "last_layer", "matching", "moved", "rules"}
+MAY_IMPORT["__init__"] = {"algorithms", "batches", "last_layer", "matching", "moved", "rules"}
 
 
 def folders_imported(source: str) -> set[str]:

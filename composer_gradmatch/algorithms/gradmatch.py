@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from composer.core import Precision
 from torch import nn
@@ -93,6 +94,11 @@ class GradMatch(RuleBackprop):
         selection_precision: str | Precision | None = None,
         reuse_activations: bool = False,
         clock: Clock = "duration",
+        refresh: str | None = None,
+        sample_id_key: Any = None,
+        store_device: Literal["cpu", "gpu"] = "cpu",
+        store_limit: float = 2.0,
+        suspects: bool | Mapping[str, Any] = False,
     ) -> None:
         check_solver(solver, ridge, tolerance)
         check_weight_kind(weights)
@@ -111,6 +117,11 @@ class GradMatch(RuleBackprop):
             selection_precision=selection_precision,
             reuse_activations=reuse_activations,
             clock=clock,
+            refresh=refresh,
+            sample_id_key=sample_id_key,
+            store_device=store_device,
+            store_limit=store_limit,
+            suspects=suspects,
             options={"solver": solver, "ridge": ridge, "tolerance": tolerance, "weights": weights},
         )
         self.solver: Solver = solver

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from composer.core import Precision
 from torch import nn
@@ -35,7 +36,8 @@ class ImportanceBackprop(RuleBackprop):
         score (str, optional): What samples are drawn in proportion to: ``"gradient_norm"``, √Kᵢᵢ of the last layer;
             ``"output_gradient"``, ‖pᵢ‖ at its output; or ``"loss"``, √ℓᵢ, of losses that are not negative.
             Default: ``"gradient_norm"``.
-        switch (str, optional): ``"cost"``, or ``"always"`` to look in every step. Default: ``"cost"``.
+        switch (str, optional): ``"cost"``, or ``"always"`` to look in every step, which it does with ``refresh``, where
+            a look costs little. Default: ``"cost"``.
 
     All other arguments are those of :class:`.RuleBackprop`. Each step logs, beside what all do, ``looked``,
     ``share_of_steps_on`` and ``excess_variance``.
@@ -73,7 +75,14 @@ class ImportanceBackprop(RuleBackprop):
         selection_precision: str | Precision | None = None,
         reuse_activations: bool = False,
         clock: Clock = "duration",
+        refresh: str | None = None,
+        sample_id_key: Any = None,
+        store_device: Literal["cpu", "gpu"] = "cpu",
+        store_limit: float = 2.0,
+        suspects: bool | Mapping[str, Any] = False,
     ) -> None:
+        if refresh is not None:
+            switch = "always"  # A look costs little.
         rule = RULES["importance_backprop"]
         if score == "loss" and switch == "always":
             rule = replace(rule, needs="losses")  # The switch decides by gradients.
@@ -92,6 +101,11 @@ class ImportanceBackprop(RuleBackprop):
             selection_precision=selection_precision,
             reuse_activations=reuse_activations,
             clock=clock,
+            refresh=refresh,
+            sample_id_key=sample_id_key,
+            store_device=store_device,
+            store_limit=store_limit,
+            suspects=suspects,
             options={"score": score, "switch": switch},
         )
         self.score: Score = score

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from composer.core import Precision
+from torch import nn
 
 from composer_gradmatch.algorithms.rule_backprop import RuleBackprop
 from composer_gradmatch.algorithms.schedule import Clock
@@ -53,6 +55,7 @@ class LossBackprop(RuleBackprop):
         input_key: Any = 0,
         target_key: Any = 1,
         *,
+        output_layer: str | nn.Module | None = None,
         loss_fn: LossFn | None = None,
         beta: float | None = None,
         history: int = 0,
@@ -60,6 +63,11 @@ class LossBackprop(RuleBackprop):
         selection_precision: str | Precision | None = None,
         reuse_activations: bool = False,
         clock: Clock = "duration",
+        refresh: str | None = None,
+        sample_id_key: Any = None,
+        store_device: Literal["cpu", "gpu"] = "cpu",
+        store_limit: float = 2.0,
+        suspects: bool | Mapping[str, Any] = False,
     ) -> None:
         self.beta, self.history = (1 / keep - 1 if beta is None and keep else beta), history
         super().__init__(
@@ -71,11 +79,17 @@ class LossBackprop(RuleBackprop):
             interrupt,
             input_key,
             target_key,
+            output_layer=output_layer,
             loss_fn=loss_fn,
             selection_microbatch_size=selection_microbatch_size,
             selection_precision=selection_precision,
             reuse_activations=reuse_activations,
             clock=clock,
+            refresh=refresh,
+            sample_id_key=sample_id_key,
+            store_device=store_device,
+            store_limit=store_limit,
+            suspects=suspects,
             options={"beta": self.beta, "history": history},
         )
 

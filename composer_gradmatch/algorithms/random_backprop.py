@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import nn
 
 from composer_gradmatch.algorithms.rule_backprop import RuleBackprop
 from composer_gradmatch.algorithms.schedule import Clock
+from composer_gradmatch.forward.losses import LossFn
 from composer_gradmatch.rules.table import RULES
 
 __all__ = ["RandomBackprop"]
@@ -16,7 +20,9 @@ class RandomBackprop(RuleBackprop):
 
     It costs m/M of a step where the selecting strategies cost (M/3 + m)/M, and neither of them reliably beats it.
 
-    Its arguments are those of :class:`.RuleBackprop` that have to do with when and how much to select.
+    Its arguments are those of :class:`.RuleBackprop` that have to do with when and how much to select. With ``refresh``
+    and ``suspects`` it looks for samples whose labels look wrong, and draws among the others; ``keep=1`` then trains on
+    all others.
 
     Raises:
         ValueError: If a value is out of range.
@@ -38,6 +44,14 @@ class RandomBackprop(RuleBackprop):
         input_key: Any = 0,
         target_key: Any = 1,
         clock: Clock = "duration",
+        *,
+        output_layer: str | nn.Module | None = None,
+        loss_fn: LossFn | None = None,
+        refresh: str | None = None,
+        sample_id_key: Any = None,
+        store_device: Literal["cpu", "gpu"] = "cpu",
+        store_limit: float = 2.0,
+        suspects: bool | Mapping[str, Any] = False,
     ) -> None:
         super().__init__(
             RULES["random_backprop"],
@@ -48,4 +62,11 @@ class RandomBackprop(RuleBackprop):
             input_key=input_key,
             target_key=target_key,
             clock=clock,
+            output_layer=output_layer,
+            loss_fn=loss_fn,
+            refresh=refresh,
+            sample_id_key=sample_id_key,
+            store_device=store_device,
+            store_limit=store_limit,
+            suspects=suspects,
         )

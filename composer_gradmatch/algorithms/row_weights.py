@@ -104,6 +104,10 @@ class RowWeights:
         self.warn(f"the picks of some steps are trained with weights one: {error}")
         self._weights = torch.ones(num_samples, device=self._weights.device)
 
+    def rows_of(self, microbatch: Any) -> torch.Tensor | None:
+        """Tells which picks a microbatch has, if they are as they were: see :meth:`.RowRecord.rows_unchanged`."""
+        return None if self._picked is None else self._picked.rows_unchanged(microbatch)
+
     def enter_microbatch(self, microbatch: Any) -> Any:
         """Finds the weights of a microbatch's samples.
 

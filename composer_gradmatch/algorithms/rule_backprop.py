@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from composer.core import Precision
 from torch import nn
@@ -11,8 +11,11 @@ from torch import nn
 from composer_gradmatch.algorithms.schedule import Clock
 from composer_gradmatch.algorithms.selector import Selector
 from composer_gradmatch.algorithms.subset_backprop import SubsetBackprop
+from composer_gradmatch.batches.sample_numbers import Numbering
 from composer_gradmatch.candidates.one_pass import OnePass
 from composer_gradmatch.candidates.source import Source
+from composer_gradmatch.candidates.stored import StoredLooks, check_refresh
+from composer_gradmatch.candidates.suspects import Suspects
 from composer_gradmatch.candidates.two_passes import TwoPasses
 from composer_gradmatch.candidates.watched_layer import WatchedLayer
 from composer_gradmatch.forward.losses import LossFn
@@ -69,6 +72,22 @@ class RuleBackprop(SubsetBackprop):
         clock (str, optional): What ``start`` and ``end`` are fractions of: ``"duration"`` counts in the unit of
             ``max_duration``, which in epochs are whole ones, as Composer's own algorithm does; ``"batch"`` counts
             batches within an epoch, too. Default: ``"duration"``.
+        refresh (str, optional): How old a look at a sample may be, a time such as ``"5ep"`` or ``"500ba"``; ``None``
+            looks in every step. With one, a sample is looked at when it was never seen or its last look is at least
+            that old, its own training step counting as a look at the time of that step; what was seen of all others
+            comes from a store, and a step in which nothing is due makes no pass. ``"1ep"`` picks and trains as
+            ``None`` does where each sample is seen once an epoch. Samples must have numbers: see
+            :func:`.number_samples`. Default: ``None``.
+        sample_id_key (Any, optional): Where batches have numbers of their own, from 0 to N − 1: a key of a mapping or
+            an index; ``None`` for those of :func:`.number_samples`. Default: ``None``.
+        store_device (str, optional): Where the store is: ``"cpu"``, or ``"gpu"`` for the run's device.
+            Default: ``"cpu"``.
+        store_limit (float, optional): The most GiB for the output layer's inputs, which are kept in half precision.
+            Above it a fixed random projection of them is kept. Default: ``2.0``.
+        suspects (bool | Mapping, optional): Whether samples whose labels look wrong are left out of the candidates and
+            of the mean gradient, with a store: ``True``, or ``{"margin": 0.4, "after": "2ep", "decay": 0.7}``: see
+            :class:`.Suspects`. If fewer than m are left, the minibatch is trained whole; with ``keep=1`` all others
+            are trained on. Default: ``False``.
         options (Mapping[str, Any], optional): Options of the rule by name. Default: ``None``.
 
     Attributes:
@@ -114,6 +133,11 @@ class RuleBackprop(SubsetBackprop):
         selection_precision: str | Precision | None = None,
         reuse_activations: bool = False,
         clock: Clock = "duration",
+        refresh: str | None = None,
+        sample_id_key: Any = None,
+        store_device: Literal["cpu", "gpu"] = "cpu",
+        store_limit: float = 2.0,
+        suspects: bool | Mapping[str, Any] = False,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         record = rule_named(rule) if isinstance(rule, str) else rule if isinstance(rule, Rule) else Rule(rule)
@@ -136,21 +160,63 @@ class RuleBackprop(SubsetBackprop):
                 "reuse_activations=True makes the selection pass the training step's own forward pass, over the whole "
                 "minibatch: leave scale_factor, selection_microbatch_size and selection_precision at their defaults."
             )
-        if record.needs == "nothing" and (own_pass or reuse_activations or output_layer is not None):
+        judged = Suspects.of(suspects)
+        _check_store(record, refresh, sample_id_key, store_device, store_limit, judged, reuse_activations)
+        looks = record.needs != "nothing" or judged is not None
+        if not looks and (own_pass or reuse_activations or output_layer is not None):
             raise ValueError(
                 f"The rule {record.name!r} looks at nothing, so that there is no selection pass: leave scale_factor, "
                 "selection_microbatch_size, selection_precision, reuse_activations and output_layer at their defaults."
             )
-        if record.needs == "losses" and output_layer is not None:
+        if record.needs == "losses" and judged is None and output_layer is not None:
             raise ValueError(f"The rule {record.name!r} looks at losses only: leave output_layer at its default.")
         self.scale_factor, self.loss_fn, self.output_layer = scale_factor, loss_fn, output_layer
         self.selection_microbatch_size = selection_microbatch_size
         self.selection_precision = selection_pass.precision_name
         self.reuse_activations = reuse_activations
-        layer = WatchedLayer(selection_pass, output_layer) if record.needs == "gradients" else None
-        source = Source(self._reader)
-        if record.needs != "nothing":
+        self.refresh, self.sample_id_key, self.suspects = refresh, sample_id_key, judged
+        at_layer = record.needs == "gradients" or judged is not None
+        layer = WatchedLayer(selection_pass, output_layer) if at_layer else None
+        source, passes = Source(self._reader), self.rule.passes(reuse_activations)
+        if looks:
             source = two_passes = TwoPasses(selection_pass, layer)
             if reuse_activations:
                 source = OnePass(two_passes, self._warn_once)
-        self.selector = Selector(self.rule, source, selection_pass, layer, self.rule.passes(reuse_activations))
+            elif refresh is not None:
+                numbering, passes = Numbering(sample_id_key), 0
+                source = StoredLooks(two_passes, numbering, refresh, store_limit * 2**30, store_device, judged)
+        self.selector = Selector(self.rule, source, selection_pass, layer, passes)
+
+
+def _check_store(
+    rule: Rule,
+    refresh: str | None,
+    sample_id_key: Any,
+    store_device: str,
+    store_limit: float,
+    suspects: Suspects | None,
+    reuse_activations: bool,
+) -> None:
+    """Raises unless what is asked of a store can be had.
+
+    Raises:
+        ValueError: If something needs a refresh or has no use with it, or is out of range.
+    """
+    if store_device not in ("cpu", "gpu"):
+        raise ValueError(f"store_device must be 'cpu' or 'gpu' (the run's device), got {store_device!r}.")
+    if not store_limit > 0:
+        raise ValueError(f"store_limit must be a positive number of GiB, got {store_limit!r}.")
+    if refresh is None:
+        if suspects is not None or sample_id_key is not None:
+            raise ValueError(
+                "suspects and sample_id_key are of a store of looks: give refresh, too, for instance refresh='5ep'."
+            )
+        return
+    check_refresh(refresh)
+    if reuse_activations:
+        raise ValueError(
+            "reuse_activations=True looks at the whole minibatch in each step, so that refresh would save nothing: "
+            "leave one of them out."
+        )
+    if rule.needs == "nothing" and suspects is None:
+        raise ValueError(f"The rule {rule.name!r} looks at nothing, so refresh is of use to it with suspects only.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from composer.utils import dist
 from composer_gradmatch.algorithms.loss_weighting import LossWeighting
 from composer_gradmatch.algorithms.rehearsal import show_rows_and_objective
 from composer_gradmatch.candidates.source import Source
+from composer_gradmatch.candidates.stored import StoredLooks
 from composer_gradmatch.candidates.training_step import TrainingStep
 from composer_gradmatch.candidates.watched_layer import WatchedLayer
 from composer_gradmatch.candidates.when_asked import WhenAsked
@@ -59,7 +61,8 @@ class Selector:
         self._function: Any = rule.function
         self._switched: WhenAsked | None = None
         self._training: TrainingStep | None = None
-        if getattr(self._function, "decides", False) and layer is not None:
+        self.store = source if isinstance(source, StoredLooks) else None
+        if self.store is None and getattr(self._function, "decides", False) and layer is not None:
             self.source = self._switched = WhenAsked(source, lambda: self._function.looks, planned_passes)
             self._training = TrainingStep(selection_pass, layer, getattr(self._function, "reads_losses", True))
         #: The samples of a step that is watched, whose number is known once it has been selected for.
@@ -69,7 +72,7 @@ class Selector:
     @property
     def looks(self) -> bool:
         """Whether it makes forward passes of its own."""
-        return self.rule.needs != "nothing"
+        return self.rule.needs != "nothing" or self.store is not None
 
     @property
     def needs_losses(self) -> bool:
@@ -98,7 +101,12 @@ class Selector:
     @property
     def decides(self) -> bool:
         """Whether :meth:`end_step` is to be called after each step that the schedule selects for."""
-        return self._switched is not None
+        return self._switched is not None or self.store is not None
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether there may be samples that are not even candidates, so that all the others are a selection, too."""
+        return self.store is not None and self.store.suspects is not None
 
     @property
     def watches(self) -> bool:
@@ -114,16 +122,31 @@ class Selector:
         if self._training is not None:
             self._training.clear()
             self._watched = None if self._function.looks else num_samples
+        elif self.store is not None:
+            self._watched = num_samples
 
-    def see_forward(self, state: State, num_samples: int) -> None:
-        """Sees a microbatch before its forward pass."""
-        assert self._training is not None
-        self._training.before_forward(state, num_samples)
+    def see_forward(self, state: State, num_samples: int, rows: Callable[[], torch.Tensor | None]) -> None:
+        """Sees a microbatch before its forward pass.
+
+        Args:
+            state (State): The run's state.
+            num_samples (int): How many samples it has.
+            rows (Callable): Tells which samples of the minibatch they are; None if they were changed.
+        """
+        if self.store is not None:
+            found = rows()
+            self.store.see_forward(state, None if found is None else self.store.numbers[found])
+        else:
+            assert self._training is not None
+            self._training.before_forward(state, num_samples)
 
     def see_loss(self, state: State) -> None:
         """Sees a microbatch before its loss."""
-        assert self._training is not None
-        self._training.before_loss(state)
+        if self.store is not None:
+            self.store.see_loss(state)
+        else:
+            assert self._training is not None
+            self._training.before_loss(state)
 
     def end_step(self, state: State, keep: float) -> None:
         """Lets the rule decide whether to look at the next minibatch, on all ranks alike.
@@ -132,6 +155,10 @@ class Selector:
             state (State): After the step.
             keep (float): m/M, of steps that look.
         """
+        if self.store is not None:
+            self._watched = None
+            self.store.share(state)
+            return
         assert self._training is not None
         if self._watched is not None:
             candidates = self._training.end(state, self._watched)
@@ -147,12 +174,14 @@ class Selector:
 
     def cost(self, share: float) -> float:
         """Tells what the step that was selected for costs: see :func:`.step_cost`."""
-        return step_cost(self.source.passes, share)
+        return self.source.cost(share)
 
     def reset(self) -> None:
         """Forgets what belongs to one Trainer."""
         self.selection_pass.reset()
         self._quality.reset()
+        if self.store is not None:
+            self.store.reset()
         if self.weighting is not None:
             self.weighting.reset()
         if hasattr(self._function, "reset"):
@@ -174,6 +203,8 @@ class Selector:
         state: dict[str, Any] = {} if self.weighting is None else {"loss_scale": self.weighting.state_dict()}
         if hasattr(self._function, "state_dict") and (own := self._function.state_dict()):
             state["rule"] = dist.all_gather_object(own)
+        if self.store is not None:
+            state["store"] = self.store.state_dict()
         return {**state, "step_quality": self._quality.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -181,6 +212,8 @@ class Selector:
         if self.weighting is not None:
             self.weighting.load_state_dict(state.get("loss_scale", {}))
         self._quality.load_state_dict(state.get("step_quality", {}))
+        if self.store is not None:
+            self.store.load_state_dict(state.get("store", {}))
         of_ranks = state.get("rule", [])
         if dist.get_global_rank() < len(of_ranks) and hasattr(self._function, "load_state_dict"):
             self._function.load_state_dict(of_ranks[dist.get_global_rank()])
@@ -245,10 +278,19 @@ class Selector:
     def select(self, state: State, num_samples: int, num_picks: int) -> Picks | WholeBatch:
         """Picks ``num_picks`` of the ``num_samples`` samples of ``state.batch``."""
         candidates = self.source.look(state, num_samples)
+        left = candidates.num_samples
+        if num_picks == num_samples:
+            num_picks = left
+        if left < num_picks or not left:
+            return WholeBatch()  # Too many of them are left out.
         picks = self._pick(candidates, num_picks)
-        if isinstance(picks, WholeBatch) or len(picks.indices) == num_samples or not candidates.has_gram:
+        if isinstance(picks, WholeBatch):
             return picks
-        return replace(picks, metrics={**picks.metrics, **self._quality.see(candidates.gram, picks)})
+        metrics = {**picks.metrics, **self.source.metrics}
+        if len(picks.indices) < left and candidates.has_gram:
+            metrics.update(self._quality.see(candidates.gram, picks))
+        indices = picks.indices if candidates.rows is None else candidates.rows[picks.indices.cpu()]
+        return replace(picks, indices=indices, metrics=metrics)
 
     def _pick(self, candidates: Candidates, num_picks: int) -> Picks | WholeBatch:
         if not self.rule.takes_not_finite and not candidates.finite:

@@ -147,7 +147,9 @@ class SubsetBackprop(Algorithm):
         if event is Event.INIT or event is Event.FIT_START:
             return True
         if event is Event.AFTER_DATALOADER:
-            return self.keep < 1 and (not self.selector.rehearsed or self._is_scheduled(state))
+            return self._numbers_samples or (
+                self._selects and (not self.selector.rehearsed or self._is_scheduled(state))
+            )
         if event is Event.BEFORE_FORWARD:
             return self._rows.has_picks or self._ranks.watches_step or self.selector.watches
         if event is Event.BEFORE_LOSS and self.selector.watches:
@@ -160,6 +162,15 @@ class SubsetBackprop(Algorithm):
             return self._rows.has_picks or self._steps.is_late or self._decides
         return False
 
+    @property
+    def _selects(self) -> bool:
+        return self.keep < 1 or self.selector.leaves_out
+
+    @property
+    def _numbers_samples(self) -> bool:
+        """Whether batches have numbers to be taken out, also of steps that are not selected for."""
+        return self.selector.store is not None
+
     def _is_scheduled(self, state: State) -> bool:
         return is_scheduled(state, self.clock, self.start, self.end, self.interrupt)
 
@@ -171,9 +182,16 @@ class SubsetBackprop(Algorithm):
             self.ordered_first = False
         elif event is Event.FIT_START:
             self._reset_fit(state)
+            if self.selector.store is not None:
+                self.selector.store.begin_fit(state)
             self._check_schedule_and_order(state)
             self.ordered_first = False
         elif event is Event.AFTER_DATALOADER:
+            if self.selector.store is not None:
+                state.batch, self.selector.store.numbers = self.selector.store.numbering.take(state.batch)
+            if not self._selects or (self.selector.rehearsed and not self._is_scheduled(state)):
+                return
+            self._decides = self.selector.decides and self._is_scheduled(state)
             self.selector.source.begin_step()
             try:
                 self._after_dataloader(state, logger)
@@ -185,7 +203,8 @@ class SubsetBackprop(Algorithm):
             state.batch = self._rows.enter_microbatch(state.batch)
             self._ranks.see_forward(state, lambda: self._reader.count(state.batch))
             if self.selector.watches:
-                self.selector.see_forward(state, self._reader.count(state.batch))
+                count, batch = self._reader.count(state.batch), state.batch
+                self.selector.see_forward(state, count, lambda: self._rows_in_minibatch(batch))
         elif event is Event.BEFORE_LOSS:
             if self.selector.watches:
                 self.selector.see_loss(state)
@@ -197,6 +216,13 @@ class SubsetBackprop(Algorithm):
             self.selector.source.end_step()
         elif event is Event.BATCH_END:
             self._batch_end(state, logger)
+
+    def _rows_in_minibatch(self, microbatch: Any) -> torch.Tensor | None:
+        """Tells which samples of the minibatch a microbatch has, if they are picks and as they were."""
+        rows = self._rows.rows_of(microbatch)
+        if rows is None or self.last_selection is None:
+            return None
+        return self.last_selection.indices.cpu()[rows]
 
     def _check_setup(self, state: State) -> None:
         """Raises at INIT if the model or another algorithm cannot go with this one."""
@@ -222,7 +248,7 @@ class SubsetBackprop(Algorithm):
 
     def _check_schedule_and_order(self, state: State) -> None:
         """Warns at FIT_START of what will come out otherwise than it says; raises if weights would be undone."""
-        if self.keep >= 1:
+        if not self._selects:
             return
         if not self.ordered_first:
             check_order(self, state)
@@ -254,10 +280,9 @@ class SubsetBackprop(Algorithm):
                 self._rows.rehearse(state, num_samples)
             return
         self.last_selection = None
-        self._decides = self.selector.decides
         self.selector.begin_step(num_samples)
         # A single sample needs no selection, but a model may need all ranks in each forward pass.
-        if num_picks == num_samples and not self._ranks.stay_in_step(state):
+        if num_picks == num_samples and not self.selector.leaves_out and not self._ranks.stay_in_step(state):
             return
         selected = self._select(state, num_samples, num_picks)
         picks = self._ranks.with_enough_samples(state, selected, num_samples)

@@ -162,6 +162,31 @@ class RowRecord:
         """
         return _weigh(self, _match(self, batch, fresh=False), weights, _UNKNOWN_NOW)
 
+    def rows_unchanged(self, microbatch: Any) -> torch.Tensor | None:
+        """Tells which recorded row each row of a microbatch is, if all that is recorded of them is as it was.
+
+        Args:
+            microbatch (Any): A part of the recorded batch, as its ``DataSpec`` has split it.
+
+        Returns:
+            torch.Tensor | None: Rows, int64, on the CPU; None if anything was changed (inputs that were mixed or
+            resized, say), or it cannot be told which rows they are.
+        """
+        try:
+            places = _weigh(self, _match(self, microbatch, fresh=True), torch.arange(float(self.num_rows)), _UNKNOWN)
+        except ValueError:
+            return None
+        rows, leaves = places.round().long(), _leaves(microbatch, self.leaves)
+        if not torch.equal(places, rows.to(places.dtype)) or leaves.keys() != self.leaves.keys():
+            return None  # Rows that are alike have the mean of their places.
+        for name, leaf in leaves.items():
+            whole = self.leaves[name]
+            if not isinstance(leaf, torch.Tensor) or not isinstance(whole, torch.Tensor):
+                continue
+            if whole._version != self.versions[name] or not torch.equal(leaf, whole[rows.to(whole.device)]):
+                return None
+        return rows.cpu()
+
     def weights_of(self, microbatch: Any, weights: torch.Tensor) -> torch.Tensor:
         """Gives the weights of a microbatch's samples, in its own order: see :func:`match_rows`.
 

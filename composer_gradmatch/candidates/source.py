@@ -11,7 +11,7 @@ from composer.core import State
 from composer_gradmatch.batches.reader import BatchReader
 from composer_gradmatch.forward.sample_checks import Rows
 from composer_gradmatch.rules.candidates import Candidates
-from composer_gradmatch.rules.cost import Passes
+from composer_gradmatch.rules.cost import Passes, step_cost
 from composer_gradmatch.rules.picks import Picks
 
 if TYPE_CHECKING:
@@ -40,6 +40,19 @@ class Source:
     def passes(self) -> Passes:
         """The forward passes over the whole minibatch of a step that has just been selected for."""
         return 0
+
+    def cost(self, share: float) -> float:
+        """Tells what the step that has just been selected for costs, in steps on the whole minibatch.
+
+        Args:
+            share (float): m/M.
+        """
+        return step_cost(self.passes, share)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What to log of the look."""
+        return {}
 
     @property
     def serves(self) -> bool:

@@ -60,6 +60,8 @@ class Candidates:
         finite: bool | Callable[[], bool] = True,
     ) -> None:
         self.num_samples = num_samples
+        #: Which samples of the minibatch they are; None for all.
+        self.rows: torch.Tensor | None = None
         self.counts = counts
         self._losses, self._inputs, self._output_grads, self._gram = losses, inputs, output_grads, gram
         self._bias, self._labels, self._finite = bias, labels, finite
@@ -129,6 +131,35 @@ class Candidates:
                 f"{tuple(labels.shape)}."
             )
         return labels.long()
+
+    def of_rows(self, rows: torch.Tensor) -> Candidates:
+        """Gives some of the candidates alone, so that a rule sees no others and matches their mean gradient.
+
+        Args:
+            rows (torch.Tensor): Which, int64, shape (n,); kept as the attribute ``rows`` of what is returned. Each
+                sample must be a row of H and P (no ``counts``).
+        """
+        rows = rows.cpu()
+
+        def some(value: torch.Tensor) -> torch.Tensor:
+            return value[rows.to(value.device)]
+
+        def gram() -> torch.Tensor:
+            whole = self.gram
+            return whole[rows.to(whole.device)][:, rows.to(whole.device)]
+
+        some_of = Candidates(
+            len(rows),
+            losses=None if self._losses is None else some(self._losses),
+            inputs=None if self._inputs is None else lambda: some(self.inputs),
+            output_grads=None if self._output_grads is None else lambda: some(self.output_grads),
+            gram=None if self._gram is None else gram,
+            bias=self._bias,
+            labels=None if self._labels is None else lambda: some(self.labels),
+            finite=self._finite,
+        )
+        some_of.rows = rows
+        return some_of
 
     @property
     def has_gram(self) -> bool:

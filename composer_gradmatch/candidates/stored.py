@@ -1,0 +1,407 @@
+"""Candidates from a store of what was last seen of each sample, with a pass over those only that are due."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from composer.core import State, Time, TimeUnit
+from composer.utils import dist
+
+from composer_gradmatch.batches import copy_batch
+from composer_gradmatch.batches.sample_numbers import Numbering
+from composer_gradmatch.candidates.sample_store import SampleStore, Seen
+from composer_gradmatch.candidates.source import Source
+from composer_gradmatch.candidates.suspects import Suspects, margins_of
+from composer_gradmatch.candidates.training_looks import TrainingLooks
+from composer_gradmatch.candidates.two_passes import TwoPasses
+from composer_gradmatch.forward.batch_norm import fewest_in_a_microbatch
+from composer_gradmatch.forward.ranks import is_sharded, largest_on_all_ranks, needs_all_ranks, unwrap
+from composer_gradmatch.forward.sample_checks import Rows
+from composer_gradmatch.last_layer import OutputLayerTap
+from composer_gradmatch.rules.candidates import Candidates
+from composer_gradmatch.rules.cost import FORWARD_SHARE, Passes
+
+__all__ = ["StoredLooks", "check_refresh"]
+
+log = logging.getLogger(__name__)
+
+#: The most bytes of a store that go into a checkpoint.
+CHECKPOINT_LIMIT = 256 * 2**20
+#: The fewest rows of a look in a model with batch normalisation, of whose statistics they are.
+_ENOUGH_FOR_BATCH_NORM = 32
+
+
+def check_refresh(refresh: Any) -> Time:
+    """Reads how old a look may be.
+
+    Args:
+        refresh (str | Time): A positive time in epochs or batches.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        time = Time.from_input(refresh, TimeUnit.EPOCH)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"refresh must be a time such as '5ep', or None for a look in each step; got {refresh!r}."
+        ) from error
+    if time.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH) or time.value != int(time.value) or time.value < 1:
+        raise ValueError(f"refresh must be a whole number of epochs ('5ep') or batches ('500ba'); got {refresh!r}.")
+    return time
+
+
+class _Outputs(dict):
+    """What a HuggingFace model returns, as far as its loss reads it."""
+
+    @property
+    def logits(self) -> torch.Tensor:
+        return self["logits"]
+
+
+def _rebuilt(outputs: Any, leaf: torch.Tensor) -> Any:
+    """Gives a model's outputs made of its output layer's alone; None if these are not what it returns."""
+    if isinstance(outputs, torch.Tensor):
+        return leaf if outputs.shape == leaf.shape else None
+    logits = outputs.get("logits") if isinstance(outputs, dict) else None
+    if isinstance(logits, torch.Tensor) and logits.shape == leaf.shape:
+        return _Outputs(logits=leaf)
+    return None
+
+
+class StoredLooks(Source):
+    """Looks at samples that were never seen, or not for long, and takes the others from a store.
+
+    Kept are each sample's loss and its row of H, in half precision, from its last look: a pass, or its own training
+    step. P and the losses are computed anew by the current output layer on H, where that layer's output is what the
+    loss takes; otherwise those of the look are kept. Processes share what they see, so that all stores are equal.
+
+    Args:
+        two_passes (TwoPasses): Looks.
+        numbering (Numbering): Knows the samples.
+        refresh (str | Time): How old a look may be.
+        limit (float): The most bytes for rows of H.
+        device (str): ``"cpu"``, or ``"gpu"`` for the run's device.
+        suspects (Suspects, optional): Whom to leave out.
+    """
+
+    def __init__(
+        self,
+        two_passes: TwoPasses,
+        numbering: Numbering,
+        refresh: str | Time,
+        limit: float,
+        device: Literal["cpu", "gpu"],
+        suspects: Suspects | None,
+    ) -> None:
+        super().__init__(two_passes.reader)
+        self.two_passes, self.numbering, self.suspects = two_passes, numbering, suspects
+        self.layer, self.selection_pass = two_passes.layer, two_passes.selection_pass
+        self.refresh, self.limit, self.device = check_refresh(refresh), limit, device
+        self.training = TrainingLooks(self.selection_pass, self.layer)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what belongs to one Trainer."""
+        self.store: SampleStore | None = None
+        self._restored: dict[str, Any] = {}
+        #: The numbers of the minibatch's samples.
+        self.numbers = torch.empty(0, dtype=torch.int64)
+        #: Whether P and losses are computed from H; not known before the first batch.
+        self._computes = self._returns_mapping = False
+        self._said = False
+        self._forget_step()
+
+    def _forget_step(self) -> None:
+        self.training.clear()
+        self._looked_at, self._num_samples, self._left_out = 0, 1, 0
+        #: When the step looked, in the unit of the refresh.
+        self._time = 0
+        self._seen: list[Seen] = []
+        self._judged: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def reset_fit(self, state: State) -> None:
+        """Forgets a step: see :class:`.Source`."""
+        self.two_passes.reset_fit(state)
+        self._forget_step()
+
+    def begin_fit(self, state: State) -> None:
+        """Finds the data set of a ``fit``, and begins a store for it if it is another one.
+
+        Args:
+            state (State): On FIT_START.
+
+        Raises:
+            ValueError: If its samples have no numbers, or it is not known how many there are.
+        """
+        self.numbering.find(state.train_dataloader)
+        size = self.numbering.size
+        if size is None:
+            raise ValueError(
+                "refresh keeps a row for each sample, but the training data do not say how many there are (no "
+                "__len__). Give the data set a length, or leave refresh out."
+            )
+        if self.numbering.has_changed and self.store is not None:
+            self.selection_pass.warn("the training data are not those of the last fit: what was stored is forgotten.")
+            self.store = None
+        if self._restored and len(self._restored["stamps"]) != size:
+            raise ValueError(
+                f"The checkpoint has a store of {len(self._restored['stamps'])} samples, but the training data have "
+                f"{size}. Resume on the same data, or load the weights alone (load_weights_only=True)."
+            )
+
+    @property
+    def passes(self) -> Passes:
+        """Two where something was looked at: see :class:`.Source`."""
+        return 2 if self._looked_at else 0
+
+    def cost(self, share: float) -> float:
+        """Counts the rows that were looked at: see :class:`.Source`."""
+        return FORWARD_SHARE * self._looked_at / self._num_samples + share
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What to log of the step: the share that was looked at, and the number of suspects that were left out."""
+        metrics = {"fraction_looked_at": self._looked_at / self._num_samples}
+        return metrics if self.suspects is None else {**metrics, "suspects": float(self._left_out)}
+
+    def begin_step(self) -> None:
+        """Forgets a step that an error has ended: see :class:`.Source`."""
+        self._forget_step()
+
+    def look(self, state: State, num_samples: int) -> Candidates:
+        """Looks at what is due: see :class:`.Source`."""
+        store, numbers = self._store(state), self._check_numbers(num_samples)
+        self._time = int(state.timestamp.get(self.refresh.unit).value)
+        rows = self._rows_to_look_at(state, store, numbers)
+        self._looked_at, self._num_samples = len(rows), num_samples
+        candidates = None
+        if len(rows) == num_samples:
+            candidates = self.two_passes.look(state, num_samples)
+            self._keep(store, candidates, numbers)
+        elif len(rows):
+            whole = state.batch
+            state.batch = self.reader.copy_of(whole, rows, num_samples)
+            try:
+                self._keep(store, self.two_passes.look(state, len(rows)), numbers[rows])
+            finally:
+                state.batch = whole
+        if candidates is None:
+            candidates = self._from_store(state, store, numbers)
+        return candidates if self.suspects is None else self._without_suspects(state, store, candidates, numbers)
+
+    def _rows_to_look_at(self, state: State, store: SampleStore, numbers: torch.Tensor) -> torch.Tensor:
+        """Lists the rows that are due, and the oldest of the others where a pass must have more."""
+        due = store.due(numbers, self._time, int(self.refresh.value))
+        wanted, model = int(due.sum()), unwrap(state.model)
+        if needs_all_ranks(model) and largest_on_all_ranks(int(wanted > 0), state.device):
+            wanted = max(1, wanted)  # A forward pass is one of all ranks.
+        if wanted and fewest_in_a_microbatch(model) > 1:
+            wanted = min(len(numbers), max(wanted, _ENOUGH_FOR_BATCH_NORM))
+        oldest = store.stamps[numbers].argsort(stable=True)
+        # What is due is the oldest, but for stamps of the future in a checkpoint of other data.
+        order = torch.cat([oldest[due[oldest]], oldest[~due[oldest]]])
+        return order[:wanted].sort().values
+
+    def _keep(self, store: SampleStore, candidates: Candidates, numbers: torch.Tensor) -> None:
+        seen = Seen(numbers, candidates.losses)
+        if self.layer is not None:
+            self._refuse_positions(candidates)
+            seen = Seen(numbers, candidates.losses, candidates.inputs, candidates.output_grads)
+        store.put(seen, self._time)
+        self._seen.append(seen)
+
+    def _from_store(self, state: State, store: SampleStore, numbers: torch.Tensor) -> Candidates:
+        device, labels = state.device, self.labels_of(state.batch, len(numbers))
+        at = numbers.to(store.device)
+        losses = device.tensor_to_device(store.losses[at])
+        if self.layer is None:
+            return Candidates(len(numbers), losses=losses, labels=labels)
+        layer = self.layer.of(state)
+        assert store.inputs is not None
+        inputs = device.tensor_to_device(store.inputs[at]).float()
+        if self._computes:
+            losses, grads = self._computed(state, inputs)
+        else:
+            assert store.output_grads is not None
+            grads = device.tensor_to_device(store.output_grads[at])
+        finite = bool(losses.isfinite().all() & grads.isfinite().all())
+        bias = layer.bias is not None
+        return Candidates(
+            len(numbers), losses=losses, inputs=inputs, output_grads=grads, labels=labels, bias=bias, finite=finite
+        )
+
+    def _logits(self, state: State, inputs: torch.Tensor) -> torch.Tensor:
+        assert self.layer is not None
+        layer = self.layer.of(state)
+        with torch.no_grad(), self.selection_pass.precision(state):
+            return F.linear(inputs.to(layer.weight.dtype), layer.weight, layer.bias)
+
+    def _computed(self, state: State, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Computes losses and P by the current output layer on rows of H."""
+        leaf = self._logits(state, inputs).requires_grad_()
+        outputs: Any = _Outputs(logits=leaf) if self._returns_mapping else leaf
+        batch = copy_batch(state.batch)
+        with self.selection_pass.no_trace(state), torch.enable_grad(), self.selection_pass.precision(state):
+            losses = self.selection_pass.losses_of(state, outputs, batch, len(inputs))
+            (grads,) = torch.autograd.grad(losses.sum(), leaf)
+        return losses.detach(), grads.float()
+
+    def _without_suspects(
+        self, state: State, store: SampleStore, candidates: Candidates, numbers: torch.Tensor
+    ) -> Candidates:
+        assert self.suspects is not None
+        inputs = candidates.inputs
+        logits = self._logits(state, inputs.float())
+        margins = margins_of(logits, candidates.labels)
+        store.average_margins(numbers, margins, self.suspects.decay)
+        self._judged.append((numbers, store.margins[numbers].clone()))
+        if not self.suspects.begin(state):
+            return candidates
+        suspected = store.margins[numbers] > self.suspects.margin
+        self._left_out = int(suspected.sum())
+        return candidates.of_rows((~suspected).nonzero().flatten()) if self._left_out else candidates
+
+    def suspected(self) -> torch.Tensor:
+        """Lists the numbers of all samples that are suspected now."""
+        if self.store is None or self.suspects is None:
+            return torch.empty(0, dtype=torch.int64)
+        return (self.store.margins > self.suspects.margin).nonzero().flatten()
+
+    def rehearse(self, state: State, num_samples: int) -> Candidates:
+        """Looks at the first batch, finds out whether P can be computed from H, and makes the store: :class:`.Source`.
+
+        Raises:
+            ValueError: If the output layer runs at positions, or margins of suspects cannot be told.
+        """
+        self._check_numbers(num_samples)
+        candidates = self.two_passes.rehearse(state, num_samples)
+        if self.layer is not None:
+            self._refuse_positions(candidates)
+            self._computes = self._outputs_are_the_layers(state)
+            width = candidates.inputs.shape[1]
+            if SampleStore.width_within(self.numbering.size or 1, width, self.limit) < width:
+                self._computes = False
+        if self.suspects is not None:
+            if not self._computes:
+                raise ValueError(
+                    "suspects are told by the output layer's logits on stored inputs, but the loss takes something "
+                    "else than that layer's output (or the store keeps a projection of its inputs: raise store_limit). "
+                    "Leave suspects out."
+                )
+            margins_of(self._logits(state, candidates.inputs.float()), candidates.labels)
+        store = self._store(state)
+        if not self._said:
+            self._said = True
+            self._say(state, store, candidates)
+        return candidates
+
+    def _say(self, state: State, store: SampleStore, candidates: Candidates) -> None:
+        per_sample = 16
+        if self.layer is not None:
+            width = SampleStore.width_within(store.size, candidates.inputs.shape[1], self.limit)
+            per_sample += 2 * width + (0 if self._computes else 4 * candidates.output_grads.shape[1])
+        total = per_sample * store.size
+        text = (
+            f"{self.selection_pass.owner} keeps {per_sample:,} bytes of each of {store.size:,} samples "
+            f"({total / 2**20:,.1f} MiB, on the {'host' if store.device.type == 'cpu' else 'device'})"
+        )
+        if total > CHECKPOINT_LIMIT:
+            text += ", more than goes into a checkpoint (256 MiB): after a resumption it looks at all samples again"
+            self.selection_pass.warn(text.removeprefix(f"{self.selection_pass.owner} ") + ".")
+        log.info("%s.", text)
+        self.bytes_per_sample = per_sample
+
+    def _outputs_are_the_layers(self, state: State) -> bool:
+        """Tells whether losses come out the same from the output layer's output alone."""
+        assert self.layer is not None
+        if is_sharded(unwrap(state.model).modules()):
+            return False
+        batch, few = self.selection_pass.few(state)
+        dim = self.layer.sample_dim or 0
+        with (
+            self.selection_pass.no_trace(state),
+            OutputLayerTap(self.layer.of(state), sample_dim=self.layer.sample_dim).open() as tap,
+        ):
+            outputs, losses = self.selection_pass.forward(state, copy_batch(batch), few)
+            rebuilt = _rebuilt(outputs, tap.leaf.detach())
+            if rebuilt is None or dim != 0:
+                return False
+            with torch.no_grad(), self.selection_pass.precision(state):
+                again = self.selection_pass.losses_of(state, rebuilt, copy_batch(batch), few)
+        self._returns_mapping = isinstance(rebuilt, _Outputs)
+        return bool(torch.allclose(losses.detach(), again, rtol=1e-4, atol=1e-6))
+
+    def rows_of(self, state: State, batch: Any, num_samples: int) -> Rows | None:
+        """Looks as a pass does: see :class:`.Source`."""
+        return self.two_passes.rows_of(state, batch, num_samples)
+
+    def see_forward(self, state: State, numbers: torch.Tensor | None) -> None:
+        """Sees a microbatch before its forward pass: see :class:`.TrainingLooks`."""
+        self.training.before_forward(state, numbers)
+
+    def see_loss(self, state: State) -> None:
+        """Sees a microbatch before its loss: see :class:`.TrainingLooks`."""
+        self.training.before_loss(state, with_grads=self.layer is not None and not self._computes)
+
+    def share(self, state: State) -> None:
+        """Keeps what the step has shown, on all ranks alike.
+
+        Args:
+            state (State): At the end of a step, on all ranks.
+        """
+        looks, trained, judged = self._seen, self.training.end(), self._judged
+        if dist.get_world_size() == 1:
+            everything: list[Any] = [([], trained, [])]
+        else:
+            mine = [each.cpu() for each in looks], [each.cpu() for each in trained], judged
+            everything = dist.all_gather_object(mine)
+        store = self._store(state)
+        for kind in (0, 1):  # What was trained on was seen last.
+            for of_rank in everything:
+                for seen in of_rank[kind]:
+                    store.put(seen, self._time)
+        for _, _, margins in everything:
+            for numbers, averages in margins:
+                store.margins[numbers] = averages
+        self._seen, self._judged = [], []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tells what a checkpoint keeps: all of the store, or nothing where that is too much."""
+        if self.store is None:
+            return self._restored
+        return self.store.state_dict() if self.store.bytes <= CHECKPOINT_LIMIT else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned."""
+        self._restored = state
+
+    def _store(self, state: State) -> SampleStore:
+        if self.store is None:
+            assert self.numbering.size is not None
+            device = None if self.device == "cpu" else state.device.tensor_to_device(torch.zeros(())).device
+            keeps_grads = self.layer is not None and not self._computes
+            self.store = SampleStore(self.numbering.size, self.limit, device, keeps_grads)
+            if self._restored:
+                self.store.load_state_dict(self._restored)
+                self._restored = {}
+        return self.store
+
+    def _check_numbers(self, num_samples: int) -> torch.Tensor:
+        if len(self.numbers) != num_samples:
+            raise ValueError(
+                f"A batch of {num_samples} samples has {len(self.numbers)} sample numbers; expected one for each. "
+                "Check sample_id_key."
+            )
+        return self.numbers
+
+    def _refuse_positions(self, candidates: Candidates) -> None:
+        if candidates.counts is not None:
+            raise ValueError(
+                f"refresh keeps one row for each sample, but the output layer of {self.selection_pass.owner} runs at "
+                "positions of each (a language model's head). Leave refresh out, name a layer that runs once a sample "
+                "as output_layer, or use LossBackprop, whose losses can be kept."
+            )

@@ -1,0 +1,93 @@
+"""What a training step shows of its picks, for a store: rows of H by a hook, and losses from its outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from composer.core import State
+from torch.utils.hooks import RemovableHandle
+
+from composer_gradmatch.batches import copy_batch
+from composer_gradmatch.candidates.sample_store import Seen
+from composer_gradmatch.candidates.watched_layer import WatchedLayer
+from composer_gradmatch.forward.selection_pass import SelectionPass
+from composer_gradmatch.last_layer import first_input
+
+__all__ = ["TrainingLooks"]
+
+
+class TrainingLooks:
+    """Watches the microbatches of a training step.
+
+    Args:
+        selection_pass (SelectionPass): Knows the samples' losses.
+        layer (WatchedLayer, optional): The output layer; None for losses alone.
+    """
+
+    def __init__(self, selection_pass: SelectionPass, layer: WatchedLayer | None) -> None:
+        self.selection_pass, self.layer = selection_pass, layer
+        self._hook: RemovableHandle | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets a step."""
+        self._close()
+        self._numbers: torch.Tensor | None = None
+        self._inputs: torch.Tensor | None = None
+        self._outputs: torch.Tensor | None = None
+        self._seen: list[Seen] = []
+
+    def _close(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = None
+
+    def before_forward(self, state: State, numbers: torch.Tensor | None) -> None:
+        """Begins to watch a microbatch.
+
+        Args:
+            state (State): The run's state.
+            numbers (torch.Tensor, optional): Its samples' numbers; None if its rows are not what was picked any more.
+        """
+        self._close()
+        self._numbers, self._inputs, self._outputs = numbers, None, None
+        if numbers is not None and self.layer is not None:
+            self._hook = self.layer.of(state).register_forward_hook(self._see, with_kwargs=True)
+
+    def _see(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._inputs, self._outputs = first_input(args, kwargs), output
+
+    def before_loss(self, state: State, with_grads: bool) -> None:
+        """Takes what the microbatch has shown.
+
+        Args:
+            state (State): After the forward pass.
+            with_grads (bool): Whether P is asked for.
+        """
+        self._close()
+        numbers, inputs, outputs = self._numbers, self._inputs, self._outputs
+        self.before_forward(state, None)
+        if numbers is None or (self.layer is not None and inputs is None):
+            return
+        n, batch, grads = len(numbers), copy_batch(state.batch), None
+        needs_graph = with_grads and outputs is not None and outputs.requires_grad
+        with self.selection_pass.no_trace(state), torch.set_grad_enabled(needs_graph):
+            with self.selection_pass.precision(state):
+                losses = self.selection_pass.losses_of(state, state.outputs, batch, n)
+            if needs_graph:
+                assert outputs is not None
+                (grads,) = torch.autograd.grad(losses.sum(), outputs, retain_graph=True, allow_unused=True)
+        if with_grads and grads is None:
+            return
+        dim = 0 if self.layer is None else self.layer.sample_dim or 0
+        parts = [None if part is None else part.detach().movedim(dim, 0) for part in (inputs, grads)]
+        if any(part is not None and (part.dim() != 2 or len(part) != n) for part in parts):
+            return
+        self._seen.append(Seen(numbers, losses.detach(), *parts))
+
+    def end(self) -> list[Seen]:
+        """Gives what was seen in the step, and forgets it."""
+        seen = self._seen
+        self.clear()
+        return seen
