@@ -46,9 +46,9 @@ class MadeUp:
         return Outcome(tuple(last * step**0.1 for step in steps), tuple(seconds * step for step in steps), seconds)
 
 
-def ask(training, budget=1e6, margin=0.005, spent=0.0, source=None, tell=None, **changes):
+def ask(training, budget=1e6, margin=0.005, spent=0.0, source=None, tell=None, recorded=lambda trial: False, **changes):
     """Conducts a verdict on a made-up training."""
     cells = tuple(cell for cell in training.offsets if cell != FULL)
     question = Question(cells, 0.1, margin, 0.95, training.samples, **changes)
-    ledger = Ledger(source or training, budget, lambda cell: training.offsets[cell][1], SECONDS, spent, tell)
+    ledger = Ledger(source or training, budget, lambda cell: training.offsets[cell][1], SECONDS, spent, tell, recorded)
     return conduct(question, ledger)

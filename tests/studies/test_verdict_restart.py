@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -28,6 +29,10 @@ class Kill(BaseException):
 def run_of(trial):
     settings = {"strategy": trial.cell[0], "keep": trial.cell[1], "rate": trial.rate, "seed": trial.seed}
     return Run("verdict", {**settings, "share": trial.share, "data": trial.data}, {})
+
+
+def on_record(store, trial):
+    return store.record(run_of(trial)) is not None
 
 
 class Machine:
@@ -61,7 +66,8 @@ def verdict(folder, kills=(), budget=8000.0, training=None):
         machine = Machine(store, training, kills[starts : starts + 1])
         starts += 1
         try:
-            found = ask(training, budget, source=stored(store, machine.run_of, machine.make)).as_json()
+            source = stored(store, machine.run_of, machine.make)
+            found = ask(training, budget, source=source, recorded=partial(on_record, store)).as_json()
             found["recommended"]["yaml"] = "algorithms: {}\n"
             (folder / "verdict.json").write_text(json.dumps(found, indent=1))
             return found, starts
@@ -97,6 +103,19 @@ def test_with_a_larger_budget_it_goes_on(tmp_path):
     fresh, _ = verdict(tmp_path / "fresh", budget=20000.0)
     assert large == fresh
     assert len(training.made) < fresh["runs"]
+
+
+def test_what_is_on_record_is_looked_at_though_time_was_lost_elsewhere(tmp_path):
+    small, _ = verdict(tmp_path, budget=3000.0)
+    looked_at = {(each["strategy"], each["keep"]): each["seeds"] for each in small["candidates"]}
+    assert max(looked_at.values()) >= 5
+    store = Store(tmp_path, {"study": "verdict"})
+    machine = Machine(store, MadeUp(CELLS))
+    source = stored(store, machine.run_of, machine.make)
+    # Of the same budget most is gone, as if the first steps had taken so much longer.
+    again = ask(MadeUp(CELLS), 3000.0, spent=1500.0, source=source, recorded=partial(on_record, store)).as_json()
+    store.close()
+    assert max(each["seeds"] for each in again["candidates"]) >= 5
 
 
 def test_what_was_computed_is_kept_where_the_question_cannot_be_answered(tmp_path):

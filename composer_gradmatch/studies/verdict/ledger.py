@@ -34,6 +34,8 @@ class Ledger:
         full_seconds (float): What a whole run of the full batch takes, as far as is known before one is made.
         spent (float, optional): Seconds that were spent before. Default: ``0.0``.
         tell (Callable, optional): ``tell(ledger)``, called after each trial. Default: ``None``.
+        recorded (Callable, optional): ``recorded(trial)``: whether the source has it already. What has been paid for,
+            with a smaller budget, say, is not refused. Default: none is.
 
     Attributes:
         stage (str): What is being done.
@@ -49,12 +51,14 @@ class Ledger:
         full_seconds: float,
         spent: float = 0.0,
         tell: Callable[[Ledger], None] | None = None,
+        recorded: Callable[[Trial], bool] = lambda trial: False,
     ) -> None:
         self.budget, self.spent, self.stage = budget, spent, ""
         self._reserve = _reserve(budget) if budget < float("inf") else 0.0
         self.taken: dict[Trial, Outcome] = {}
         self._begun: tuple[list[Trial], float] = ([], 0.0)
         self._by_cell: dict[Cell, list[tuple[Trial, Outcome]]] = {}
+        self._recorded = recorded
         self._source, self._guess, self._full_seconds, self._tell = source, guess, full_seconds, tell
 
     @property
@@ -111,7 +115,7 @@ class Ledger:
         for trial in trials:
             if trial in self.taken:
                 continue
-            if not self.fits(trial):
+            if not self.fits(trial) and not self._recorded(trial):
                 raise OutOfBudget
             outcome = self._source(trial)
             self.taken[trial] = outcome

@@ -116,7 +116,9 @@ def _conduct(
             return strategy_named(cell[0]).cost(cell[1])
 
         source = stored(store, run_of, lambda run: make(run, TRAINING), retry_failed)
-        ledger = Ledger(source, budget, guess, full, spent, progress.tell)
+        ledger = Ledger(
+            source, budget, guess, full, spent, progress.tell, lambda trial: store.record(run_of(trial)) is not None
+        )
         try:
             verdict = conduct(question, ledger)
         finally:
