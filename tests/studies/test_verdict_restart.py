@@ -11,7 +11,9 @@ from made_up_training import MadeUp, ask
 
 from composer_gradmatch.studies.report import write_report
 from composer_gradmatch.studies.store import Record, Run, Store
+from composer_gradmatch.studies.verdict.ledger import Ledger, OutOfBudget
 from composer_gradmatch.studies.verdict.source import stored
+from composer_gradmatch.studies.verdict.trial import FULL, Trial
 from composer_gradmatch.train.config import ConfigError
 
 CELLS = {
@@ -105,17 +107,16 @@ def test_with_a_larger_budget_it_goes_on(tmp_path):
     assert len(training.made) < fresh["runs"]
 
 
-def test_what_is_on_record_is_looked_at_though_time_was_lost_elsewhere(tmp_path):
-    small, _ = verdict(tmp_path, budget=3000.0)
-    looked_at = {(each["strategy"], each["keep"]): each["seeds"] for each in small["candidates"]}
-    assert max(looked_at.values()) >= 5
-    store = Store(tmp_path, {"study": "verdict"})
-    machine = Machine(store, MadeUp(CELLS))
-    source = stored(store, machine.run_of, machine.make)
-    # Of the same budget most is gone, as if the first steps had taken so much longer.
-    again = ask(MadeUp(CELLS), 3000.0, spent=1500.0, source=source, recorded=partial(on_record, store)).as_json()
-    store.close()
-    assert max(each["seeds"] for each in again["candidates"]) >= 5
+def test_what_is_on_record_is_taken_though_the_budget_is_gone():
+    trials = [Trial(FULL, 0.1, seed) for seed in range(4)]
+    ledger = Ledger(MadeUp(CELLS), 250.0, lambda cell: 1.0, 100.0, recorded=lambda trial: trial.seed < 3)
+    assert len(ledger.take(trials[:3])) == 3
+    assert ledger.spent == pytest.approx(300.0)
+    with pytest.raises(OutOfBudget):
+        ledger.take(trials)
+    unpaid = Ledger(MadeUp(CELLS), 250.0, lambda cell: 1.0, 100.0)
+    with pytest.raises(OutOfBudget):
+        unpaid.take(trials[:3])
 
 
 def test_what_was_computed_is_kept_where_the_question_cannot_be_answered(tmp_path):
