@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["add_metric", "add_rounds", "add_seeds", "factor", "fraction", "positive"]
+__all__ = ["add_metric", "add_rounds", "add_seeds", "epochs", "factor", "fraction", "positive"]
 
 
 def _number(kind: Callable[[str], Any], valid: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
@@ -23,6 +23,7 @@ def _number(kind: Callable[[str], Any], valid: Callable[[Any], bool], expected: 
 
 
 positive = _number(int, lambda value: value > 0, "a positive integer")
+epochs = _number(int, lambda value: value >= 0, "a number of epochs, 0 or more")
 fraction = _number(float, lambda value: 0 < value < 1, "a fraction in (0, 1)")
 factor = _number(float, lambda value: 0 < value < float("inf"), "a positive number")
 _noise = _number(float, lambda value: 0 <= value <= 1, "a fraction in [0, 1]")
