@@ -50,22 +50,23 @@ def draw_error_parts(data: Table, path: Path, name: str) -> None:
             when = "at the start" if not after else f"after {after} epoch{'s' if after > 1 else ''}"
             axes.set_title(f"keep {keep:g}, {when}", fontsize=10)
     for axes in grid[-1]:
-        axes.set_xlabel("squared error / that of as many random picks")
+        axes.set_xlabel("r")
     handles: list[Any] = [Patch(color=color, label=label) for label, color in _PARTS.values()]
     lines = dict(zip(_LINES, grid[0][0].lines[: len(_LINES)], strict=True))
-    figure.suptitle(f"{name}: error of the step against the minibatch's gradient, all parameters", fontsize=11)
+    figure.suptitle(f"{name}: r, the squared error relative to as many random picks', all parameters", fontsize=11)
     labels = [label for label, _ in _PARTS.values()] + [f"break-even, {look}" for look in lines]
     figure.legend([*handles, *lines.values()], labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3)
     save(figure, path)
 
 
 def _draw_bar(axes: Any, place: int, mean: Table) -> None:
-    left = 0.0
+    total, left, reached = float(mean["relative_error"]), 0.0, 0.0
     for part, (_, color) in _PARTS.items():
-        width = max(0.0, float(mean[part]))  # Estimates without bias of what is zero are at times below it.
-        axes.barh(place, width, left=left, color=color, height=0.75, linewidth=0)
-        left += width
-    total = float(mean["relative_error"])
+        # Estimates without bias of what is zero are at times below it: bars still end at r.
+        reached += float(mean[part])
+        right = total if part == "over_draws" else min(max(reached, left), total)
+        axes.barh(place, right - left, left=left, color=color, height=0.75, linewidth=0)
+        left = right
     if total > _END:
         text = f"{total:.1f}" if total < 100 else f"{total:.0f}"
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
