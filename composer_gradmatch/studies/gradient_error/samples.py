@@ -15,7 +15,8 @@ from composer_gradmatch.rules.candidates import Candidates
 
 __all__ = ["SampleGradients"]
 
-#: How far, relative to its norm, the mean of the samples' gradients may be from the gradient of the minibatch's loss.
+#: How far the mean of the samples' gradients may be from the gradient of the minibatch's loss, relative to their norms
+#: (of which a mean that is close to zero has only their rounding).
 _TOLERANCE = 1e-3
 
 
@@ -47,14 +48,14 @@ class SampleGradients:
         self.parameters: list[nn.Parameter] = [each for each in model.parameters() if each.requires_grad]
         own = {id(each) for each in self.layer.parameters()}
         self.in_last_layer = torch.cat([torch.full((each.numel(),), id(each) in own) for each in self.parameters])
-        whole, mean = self._gradient(batch), self.gradients(batch).mean(0)
-        error, norm = float((mean - whole).norm()), float(whole.norm())
+        whole, rows = self._gradient(batch), self.gradients(batch)
+        error, norm = float((rows.mean(0) - whole).norm()), float(rows.square().sum(1).mean().sqrt())
         if not error <= _TOLERANCE * norm:
             raise ValueError(
                 f"The mean of the samples' gradients, each by itself in evaluation mode, differs from the gradient of "
-                f"the model's loss on the minibatch by {error / norm if norm else error:.2g} of its norm; expected "
-                "none. Samples depend on one another in this model, or its loss is no mean over samples: what a rule's "
-                "error is made of cannot be told. Use --against data."
+                f"the model's loss on the minibatch by {error:.2g}, where samples have a norm of {norm:.2g}; expected no "
+                "difference. Samples depend on one another in this model, or its loss is no mean over samples: what a "
+                "rule's error is made of cannot be told. Use --against data."
             )
 
     def gradients(self, batch: Any) -> torch.Tensor:
