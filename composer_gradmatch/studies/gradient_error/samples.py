@@ -53,9 +53,9 @@ class SampleGradients:
         if not error <= _TOLERANCE * norm:
             raise ValueError(
                 f"The mean of the samples' gradients, each by itself in evaluation mode, differs from the gradient of "
-                f"the model's loss on the minibatch by {error:.2g}, where samples have a norm of {norm:.2g}; expected no "
-                "difference. Samples depend on one another in this model, or its loss is no mean over samples: what a "
-                "rule's error is made of cannot be told. Use --against data."
+                f"the model's loss on the minibatch by {error:.2g}, where samples have a norm of {norm:.2g}; expected "
+                "no difference. Samples depend on one another in this model, or its loss is no mean over samples: what "
+                "a rule's error is made of cannot be told. Use --against data."
             )
 
     def gradients(self, batch: Any) -> torch.Tensor:
