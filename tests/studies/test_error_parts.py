@@ -267,9 +267,9 @@ def test_a_study_at_the_start_and_after_an_epoch(store):
         assert matched["relative_error"] < 0.5 < rows[0]["relative_error"] < 1.6
     assert norms[0] != pytest.approx(norms[1])
     text = write_report(store, "gradient-error", "made up").read_text()
-    assert "## Error of the whole gradient, after 1 epochs" in text
+    assert "## Error of the whole gradient, after 1 epoch" in text
     assert len([row for row in text.splitlines() if row.startswith("| 0.1 | gradmatch_matched | ")]) == 3
-    figures = ("gradient_error", "gradient_error_after_1_epochs", "error_parts")
+    figures = ("gradient_error", "gradient_error_after_1ep", "error_parts")
     assert all((store.folder / f"{figure}.png").stat().st_size > 10_000 for figure in figures)
 
 

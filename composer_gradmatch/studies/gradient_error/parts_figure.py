@@ -9,7 +9,7 @@ from matplotlib.patches import Patch
 
 from composer_gradmatch.studies.figures import save, start
 from composer_gradmatch.studies.gradient_error.looks import break_evens
-from composer_gradmatch.studies.gradient_error.parts_report import mean_over_seeds
+from composer_gradmatch.studies.gradient_error.parts_report import mean_over_seeds, moment
 from composer_gradmatch.studies.strategies import in_order
 from composer_gradmatch.studies.tables import Table
 
@@ -47,8 +47,7 @@ def draw_error_parts(data: Table, path: Path, name: str) -> None:
             for look, limit in break_evens(share).items():
                 axes.axvline(limit, color="black", linestyle=_LINES[look], linewidth=1.1)
             axes.axvline(1, color="#808080", linewidth=1)
-            when = "at the start" if not after else f"after {after} epoch{'s' if after > 1 else ''}"
-            axes.set_title(f"keep {keep:g}, {when}", fontsize=10)
+            axes.set_title(f"keep {keep:g}, {moment(after)}", fontsize=10)
     for axes in grid[-1]:
         axes.set_xlabel("r")
     handles: list[Any] = [Patch(color=color, label=label) for label, color in _PARTS.values()]

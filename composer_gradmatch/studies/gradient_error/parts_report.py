@@ -7,11 +7,16 @@ import pandas as pd
 from composer_gradmatch.studies.gradient_error.looks import STORE_COST, break_evens, pays_with
 from composer_gradmatch.studies.tables import Table, cell_order, markdown
 
-__all__ = ["mean_over_seeds", "report_parts"]
+__all__ = ["mean_over_seeds", "moment", "report_parts"]
 
 #: What is told of an error, beside its standard errors.
 VALUES = ["relative_error", "bias", "over_minibatches", "over_draws", "step_length"]
 _TITLES = {"all": "All parameters", "last layer": "The last layer", "below": "Below the last layer"}
+
+
+def moment(after: int) -> str:
+    """Says after how many epochs, in words."""
+    return "at the start" if after == 0 else f"after {after} epoch{'s' if after > 1 else ''}"
 
 
 def mean_over_seeds(data: Table) -> Table:
@@ -64,8 +69,7 @@ def _table(data: Table, means: Table, group: str) -> list[str]:
     afters = sorted(set(data["after"]))
     head = ["keep", "strategy"]
     for after in afters:
-        when = "at the start" if after == 0 else f"after {after} epochs" if after > 1 else "after 1 epoch"
-        head += [f"{when}: r = bias² + minibatches + draws", "length", "pays"]
+        head += [f"{moment(after)}: r = bias² + minibatches + draws", "length", "pays"]
     rows = []
     for strategy, keep in cell_order(data):
         row = [f"{keep:g}", strategy]

@@ -19,9 +19,9 @@ from composer_gradmatch.train.config import ConfigError
 
 __all__ = ["plan_gradient_error"]
 
-#: The most memory that gradients of samples may take, and the vectors kept of each variant, in bytes.
+#: The most memory, in bytes, that gradients of samples, a copy of them, and the vectors of each variant may take.
 _MEMORY = 4 * 2**30
-_VECTORS = 12
+_VECTORS = 14
 
 
 def plan_gradient_error(
@@ -103,7 +103,7 @@ def _refusal(config: dict[str, Any], variants: Sequence[Any], minibatches: int, 
         return "a minibatch of one sample has no subsets. Raise global_train_batch_size"
     model = build_named("model", config["model"])
     parameters = sum(each.numel() for each in model.parameters() if each.requires_grad)
-    needed = 8 * parameters * (size + _VECTORS * len(variants))
+    needed = 8 * parameters * (2 * size + _VECTORS * len(variants))
     if needed > _MEMORY:
         return (
             f"the gradients of {size} samples and {len(variants)} variants over {parameters:,} parameters take "

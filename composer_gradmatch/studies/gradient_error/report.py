@@ -6,7 +6,7 @@ import pandas as pd
 
 from composer_gradmatch.studies.gradient_error.figure import draw_gradient_errors
 from composer_gradmatch.studies.gradient_error.parts_figure import draw_error_parts
-from composer_gradmatch.studies.gradient_error.parts_report import report_parts
+from composer_gradmatch.studies.gradient_error.parts_report import moment, report_parts
 from composer_gradmatch.studies.statistics import compare_paired, what_seeds_can_tell
 from composer_gradmatch.studies.store import Store
 from composer_gradmatch.studies.tables import Table, cell_order, conditions, frame, markdown
@@ -37,7 +37,7 @@ def _report_steps(data: Table, after: int, store: Store, name: str) -> list[str]
     first = data.iloc[0]
     weights = f"the checkpoint {first['checkpoint']}" if first["checkpoint"] else "random initialisation"
     if after:
-        weights = f"the weights after {after} epochs of the full batch from {weights}"
+        weights = f"the weights {moment(after)} of the full batch from {weights}"
     mode = "training" if first["mode"] == "train" else "evaluation"
     where = f"at {weights}, model in {mode} mode, {data['seed'].nunique()} seeds of {first['minibatches']} minibatches"
     lines = [
@@ -80,7 +80,7 @@ def _report_steps(data: Table, after: int, store: Store, name: str) -> list[str]
         )
     head = ["strategy", "keep", "mean squared error", "median", "mean relative error", "mean cosine"]
     head += ["error / random's", "minibatches below random", "verdict against random"]
-    when = f", after {after} epochs" if after else ""
+    when = f", {moment(after)}" if after else ""
     lines += [f"## Error of the whole gradient{when}", "", *markdown(head, rows)]
     seeds = int(data["seed"].nunique())
     lines += what_seeds_can_tell(seeds, differences, "mean relative error")
@@ -96,6 +96,6 @@ def _report_steps(data: Table, after: int, store: Store, name: str) -> list[str]
     ]
     head = ["strategy", "keep", "last layer: relative error", "last layer: cosine", "last layer: to the minibatch's"]
     lines += markdown([*head, "all parameters: to the minibatch's", "rank correlation"], proxies)
-    figure = f"gradient_error_after_{after}_epochs" if after else "gradient_error"
+    figure = f"gradient_error_after_{after}ep" if after else "gradient_error"
     draw_gradient_errors(data, store.folder / figure, f"{name}, {where}")
     return lines
