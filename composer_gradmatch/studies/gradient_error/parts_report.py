@@ -88,6 +88,6 @@ def _cells(strategy: str, mean: Table) -> list[str]:
 
 
 def _number(value: float) -> str:
-    """Writes a number with two digits behind the point, one where it is large, and no negative zero."""
-    digits = 2 if abs(value) < 10 else 1
-    return f"{round(value, digits) + 0.0:.{digits}f}"
+    """Writes a number with more digits behind the point the smaller it is, and zero as 0."""
+    digits = 3 if abs(value) < 0.1 else 2 if abs(value) < 10 else 1
+    return "0" if round(value, digits) == 0 else f"{value:.{digits}f}"
