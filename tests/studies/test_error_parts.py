@@ -240,6 +240,27 @@ def config(*overrides):
     return load_config(DIGITS, ["progress_bar=false", "max_duration=2ep", "save_folder=null", *overrides])
 
 
+def test_a_strategys_rule_has_the_configs_options_and_its_own():
+    base = config("algorithms.gradmatch.ridge=0.5", "algorithms.gradmatch.weights=normalized")
+    assert Draws.build(base, "gradmatch_matched", 0.1, 128).rule.function.keywords == {
+        "ridge": 0.5,
+        "weights": "matched",
+    }
+    assert Draws.build(base, "gradmatch", 0.1, 128).rule.function.keywords == {"ridge": 0.5, "weights": "normalized"}
+    assert [Draws.build(base, "random", keep, 128).picks for keep in (0.001, 0.1, 0.3)] == [1, 12, 38]
+
+
+def test_importance_sampling_is_drawn_from_where_it_looks():
+    base = config("algorithms={importance_backprop: {score: loss}}")
+    variant = Draws.build(base, "importance_backprop", 0.25, 16)
+    gradients = normal(torch.Generator().manual_seed(0), 16, 12)  # Of like norms, so that looking would not pay.
+    candidates = Candidates(16, losses=torch.arange(16.0) + 1, gram=gradients @ gradients.T)
+    drawn = variant.coefficients(candidates, 40)
+    assert (drawn > 0).sum(1).tolist() == [4] * 40
+    weights = (drawn * (torch.arange(16) + 1.0).sqrt()).masked_select(drawn > 0)  # a ∝ 1/√ℓ.
+    assert torch.allclose(weights, weights[0].expand(160))
+
+
 PLAN = {"seeds": 1, "minibatches": 3, "draws": 2, "mode": "train", "checkpoint": ""}
 
 
