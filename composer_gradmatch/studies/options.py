@@ -13,6 +13,7 @@ __all__ = [
     "add_rounds",
     "add_seeds",
     "duration",
+    "epochs",
     "factor",
     "fraction",
     "natural",
@@ -43,6 +44,7 @@ def _seconds(text: str) -> float:
 duration = _number(_seconds, lambda value: value > 0, "a time such as 2h, 90m, 1h30m or 300s")
 natural = _number(int, lambda value: 0 <= value < 2**31, "a whole number from 0 to 2^31")
 positive = _number(int, lambda value: value > 0, "a positive integer")
+epochs = _number(int, lambda value: value >= 0, "a number of epochs, 0 or more")
 fraction = _number(float, lambda value: 0 < value < 1, "a fraction in (0, 1)")
 factor = _number(float, lambda value: 0 < value < float("inf"), "a positive number")
 _noise = _number(float, lambda value: 0 <= value <= 1, "a fraction in [0, 1]")
