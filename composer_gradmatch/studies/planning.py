@@ -9,6 +9,7 @@ from composer.models import HuggingFaceModel
 
 from composer_gradmatch.studies.configs import quiet, with_label_noise
 from composer_gradmatch.studies.store import Run
+from composer_gradmatch.studies.strategies import STRATEGIES
 from composer_gradmatch.train import check_config
 from composer_gradmatch.train.builders import build_algorithms, build_loader, build_named, try_parts
 from composer_gradmatch.train.config import ConfigError
@@ -18,9 +19,10 @@ __all__ = ["cells", "check_study", "identity", "training_run"]
 
 
 def cells(strategies: Iterable[str], keeps: Iterable[float]) -> list[tuple[str, float]]:
-    """Gives the pairs (strategy, keep) of a study; the full batch is there once, with keep 1."""
+    """Gives the pairs (strategy, keep) of a study; the full batch is there once, with keep 1, as others of one keep."""
     keeps = list(keeps)
-    return [(s, k) for s in strategies for k in ([1.0] if s == "full" else keeps)]
+    own = {name: [each.arguments["keep"]] for name, each in STRATEGIES.items() if "keep" in each.arguments}
+    return [(s, k) for s in strategies for k in {"full": [1.0], **own}.get(s, keeps)]
 
 
 def identity(study: str, config: dict[str, Any], **shared: Any) -> dict[str, Any]:

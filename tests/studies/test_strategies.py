@@ -50,11 +50,23 @@ def papers_rules(monkeypatch):
 def test_the_papers_strategies():
     pairs = ["gradmatch_reuse", "loss_reuse"]
     names = ["gradmatch", "gradmatch_matched", "loss", "random", "selective_backprop", *pairs, "full"]
-    assert list(STRATEGIES) == list(all_strategies())[:8] == names
+    assert [name for name, each in STRATEGIES.items() if not each.is_stored] == names
+    assert list(STRATEGIES) == list(all_strategies())[: len(STRATEGIES)]
     costs = {name: STRATEGIES[name].cost(0.3) for name in names}
     two_passes = dict.fromkeys(("gradmatch", "gradmatch_matched", "loss", "selective_backprop"), 0.6333333)
     one_pass = dict.fromkeys(pairs, 0.5333333)
     assert costs == pytest.approx({**two_passes, **one_pass, "random": 0.3, "full": 1.0})
+
+
+def test_stored_looks_cost_a_part_of_a_pass(monkeypatch):
+    stored = [each for each in STRATEGIES.values() if each.is_stored]
+    assert len(stored) == 7
+    for each in stored:
+        keep = 1.0 if each.name == "full_trusted" else 0.1
+        assert each.cost(0.1) == pytest.approx(1 / 15 + keep)
+    (config,) = strategy_entry({}, "full_trusted", 0.1).values()
+    assert config["keep"] == 1.0
+    assert strategy_entry({}, "gradmatch_trusted", 0.1)["gradmatch"]["keep"] == 0.1
 
 
 def test_each_of_our_strategies_has_a_colour_of_its_own():
