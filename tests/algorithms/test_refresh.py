@@ -12,6 +12,7 @@ from composer.loggers import InMemoryLogger
 from composer.models import ComposerClassifier
 from composer.utils import dist
 from oracles import classifier_gradients
+from text_cases import CLASSIFICATION, MULTI_LABEL, REGRESSION
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -23,6 +24,7 @@ from composer_gradmatch import (
     number_samples,
     select_first,
 )
+from composer_gradmatch.forward.huggingface_losses import huggingface_losses
 
 N, BATCH = 60, 20
 
@@ -331,3 +333,32 @@ def test_layers_at_positions_are_refused_and_losses_are_not():
         fitted(GradMatch(**ON, keep=0.3, refresh="2ep"), **arguments)
     _, metrics = fitted(LossBackprop(**ON, keep=0.3, refresh="2ep"), **arguments)
     assert metrics["fraction_looked_at"] == [1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("case", [CLASSIFICATION, REGRESSION, MULTI_LABEL], ids=lambda case: case.name)
+def test_texts_are_stored_by_the_inputs_of_their_classifier(case):
+    algorithm = GradMatch(**ON, keep=0.5, refresh="9ep", suspects=case is CLASSIFICATION)
+    model, data = case.model(), case.data(24)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    look, found = algorithm.selector.source.look, []
+    algorithm.selector.source.look = lambda state, n: found.append((look(state, n), state.batch)) or found[-1][0]
+    trainer_of(algorithm, model=model, data=data, batch_size=12, max_duration="4ba", lr=0.0).fit()
+    assert not algorithm.selector.store.store.keeps_grads
+    for candidates, batch in found[2:]:
+        with torch.no_grad():
+            losses = huggingface_losses(model, model(dict(batch)), batch)
+        losses = losses.flatten(1).sum(1) if losses.dim() > 1 else losses
+        torch.testing.assert_close(candidates.losses, losses, rtol=1e-2, atol=1e-3)
+        assert candidates.output_grads.abs().sum(1).gt(0).all()
+
+
+def test_suspects_ask_for_classes():
+    with pytest.raises(ValueError, match="target_key"):
+        fitted(
+            GradMatch(**ON, refresh="2ep", suspects=True),
+            model=REGRESSION.model(),
+            data=REGRESSION.data(24),
+            batch_size=12,
+        )
