@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from composer_gradmatch.batches.sample_numbers import number_samples
     from composer_gradmatch.last_layer import last_layer_gram
     from composer_gradmatch.matching import gram_omp, normalize_weights
+    from composer_gradmatch.registered import register
     from composer_gradmatch.rules.candidates import Candidates
     from composer_gradmatch.rules.picks import Picks, WholeBatch
     from composer_gradmatch.rules.rule import Rule
@@ -40,6 +41,7 @@ __all__ = [
     "last_layer_gram",
     "normalize_weights",
     "number_samples",
+    "register",
     "select_first",
     "select_using_gradient_matching",
 ]
@@ -60,6 +62,7 @@ _MODULES = {
     "last_layer_gram": "last_layer",
     "normalize_weights": "matching",
     "number_samples": "batches.sample_numbers",
+    "register": "registered",
     "select_first": "algorithms.select_first",
     "select_using_gradient_matching": "algorithms.functional",
 }

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 from hypothesis import settings
@@ -34,7 +35,23 @@ SLOW = (
     "test_single_pass.py::test_what_runs_in_another_way_is_found_in_low_precision",
     "test_sliced_backward.py::test_the_sliced_gradient_is_autograds_of_the_picks[ResNet-18, GroupNorm]",
     "test_train.py::test_the_command_line[launcher1]",
+    "test_verdict.py::test_where_nothing_differs_at_most_5_percent_of_verdicts_name_a_winner",
 )
+
+
+@pytest.fixture
+def nothing_registered(monkeypatch):
+    """Lets a test register what it likes: nothing was registered before it, and nothing is after it."""
+    from composer_gradmatch import registered
+    from composer_gradmatch.train import register_files
+
+    loaded: dict = {}
+    monkeypatch.setattr(registered, "_tables", {kind: {} for kind in registered.KINDS})
+    monkeypatch.setattr(register_files, "_loaded", loaded)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    for file in loaded:
+        sys.modules.pop(file.stem, None)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -93,6 +93,18 @@ def run_python(text: str, path: Path, names: dict[str, Any]) -> int:
     return len(python)
 
 
+def shown_files(text: str) -> dict[str, str]:
+    """The files that a document shows: the Python blocks whose first line is a comment with their name."""
+    python = [block.code for block in blocks(text) if block.language == "python"]
+    return {name[1]: code for code in python if (name := re.match(r"# (\w+\.py)\n", code))}
+
+
+def write_files(text: str, folder: Path) -> None:
+    """Writes the files that a document shows."""
+    for name, code in shown_files(text).items():
+        (folder / name).write_text(code)
+
+
 def link_problems(text: str, path: Path, repository: str | None = REPOSITORY) -> list[str]:
     """Links and figures that lead nowhere.
 
@@ -293,6 +305,7 @@ def all_help() -> str:
     return "\n".join(
         [
             launcher._get_parser().format_help(),
+            _help(train.main, "--help"),
             *(
                 _help(main, name, "--help")
                 for main in (studies.main, benchmarks.main)
@@ -314,7 +327,9 @@ def file_problems(text: str, path: Path) -> list[str]:
     places = (ROOT, PACKAGE, path.parent, ROOT / "configs")
     named = {code for code in inline_code(text) if re.fullmatch(r"[\w./-]+\.(py|yaml)|tests/[\w/]*", code)}
     return [
-        f"{name}: there is no such file" for name in sorted(named) if not any((at / name).exists() for at in places)
+        f"{name}: there is no such file"
+        for name in sorted(named - shown_files(text).keys())
+        if not any((at / name).exists() for at in places)
     ]
 
 

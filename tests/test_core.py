@@ -19,7 +19,8 @@ def test_the_core_works_without_composer():
         "h, p = torch.randn(20, 8).double(), torch.randn(20, 3).double()\n"
         "gram = last_layer_gram(h, p)\n"
         "indices, weights = gram_omp(gram, gram.mean(1), 5)\n"
-        "assert torch.equal(match_mean_gradient(gram, 5).weights, normalize_weights(weights[weights > 0]))\n"
+        "weights = normalize_weights(weights[weights > 0])\n"
+        "torch.testing.assert_close(match_mean_gradient(gram, 5).weights, weights)\n"
         "match_on_device(gram, 5)\n"
         "try:\n"
         "    import composer_gradmatch; composer_gradmatch.GradMatch\n"
@@ -33,7 +34,8 @@ def test_the_core_works_without_composer():
 
 def test_every_public_name_is_there_and_no_other():
     for name in composer_gradmatch.__all__:
-        assert getattr(composer_gradmatch, name).__name__ == name
+        value = getattr(composer_gradmatch, name)
+        assert value is composer_gradmatch.registered.register if name == "register" else value.__name__ == name
     assert set(composer_gradmatch.__all__) <= set(dir(composer_gradmatch))
     with pytest.raises(AttributeError, match="no attribute 'SelectiveBackprop'"):
         composer_gradmatch.SelectiveBackprop  # noqa: B018

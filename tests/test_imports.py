@@ -17,19 +17,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "moved": set(),
     "matching": {"spans"},
     "last_layer": {"batches"},
-    "rules": {"last_layer", "matching", "spans"},
+    "registered": set(),
+    "rules": {"last_layer", "matching", "registered", "spans"},
     "forward": {"batches", "spans"},
     "reuse": {"batches", "forward"},
     "candidates": {"batches", "forward", "last_layer", "reuse", "rules", "spans"},
     "algorithms": {"batches", "candidates", "forward", "last_layer", "matching", "rules", "spans"},
     "models": set(),
     "data": {"models"},
-    "train": {"algorithms", "batches", "data", "forward", "models", "rules"},
+    "train": {"algorithms", "batches", "data", "forward", "models", "registered", "rules"},
     "studies": {"algorithms", "batches", "data", "forward", "last_layer", "rules", "spans", "train"},
     "benchmarks": {"algorithms", "candidates", "data", "last_layer", "matching", "models", "rules", "train"},
 }
 MAY_IMPORT = {folder: {folder, *others} for folder, others in MAY_IMPORT.items()}
-MAY_IMPORT["__init__"] = {"algorithms", "batches", "last_layer", "matching", "moved", "rules"}
+MAY_IMPORT["__init__"] = {"algorithms", "batches", "last_layer", "matching", "moved", "registered", "rules"}
 
 
 def folders_imported(source: str) -> set[str]:

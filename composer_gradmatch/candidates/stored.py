@@ -6,21 +6,19 @@ import logging
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from composer.core import State, Time, TimeUnit
 from composer.utils import dist
 
-from composer_gradmatch.batches import copy_batch
 from composer_gradmatch.batches.sample_numbers import Numbering
+from composer_gradmatch.candidates.output_layer_again import OutputLayerAgain
 from composer_gradmatch.candidates.sample_store import SampleStore, Seen
 from composer_gradmatch.candidates.source import Source
 from composer_gradmatch.candidates.suspects import Suspects, margins_of
 from composer_gradmatch.candidates.training_looks import TrainingLooks
 from composer_gradmatch.candidates.two_passes import TwoPasses
 from composer_gradmatch.forward.batch_norm import fewest_in_a_microbatch
-from composer_gradmatch.forward.ranks import is_sharded, largest_on_all_ranks, needs_all_ranks, unwrap
+from composer_gradmatch.forward.ranks import largest_on_all_ranks, needs_all_ranks, unwrap
 from composer_gradmatch.forward.sample_checks import Rows
-from composer_gradmatch.last_layer import OutputLayerTap
 from composer_gradmatch.rules.candidates import Candidates
 from composer_gradmatch.rules.cost import FORWARD_SHARE, Passes
 
@@ -54,24 +52,6 @@ def check_refresh(refresh: Any) -> Time:
     return time
 
 
-class _Outputs(dict):
-    """What a HuggingFace model returns, as far as its loss reads it."""
-
-    @property
-    def logits(self) -> torch.Tensor:
-        return self["logits"]
-
-
-def _rebuilt(outputs: Any, leaf: torch.Tensor) -> Any:
-    """Gives a model's outputs made of its output layer's alone; None if these are not what it returns."""
-    if isinstance(outputs, torch.Tensor):
-        return leaf if outputs.shape == leaf.shape else None
-    logits = outputs.get("logits") if isinstance(outputs, dict) else None
-    if isinstance(logits, torch.Tensor) and logits.shape == leaf.shape:
-        return _Outputs(logits=leaf)
-    return None
-
-
 class StoredLooks(Source):
     """Looks at samples that were never seen, or not for long, and takes the others from a store.
 
@@ -102,6 +82,7 @@ class StoredLooks(Source):
         self.layer, self.selection_pass = two_passes.layer, two_passes.selection_pass
         self.refresh, self.limit, self.device = check_refresh(refresh), limit, device
         self.training = TrainingLooks(self.selection_pass, self.layer)
+        self._again = OutputLayerAgain(self.selection_pass, self.layer)
         self.reset()
 
     def reset(self) -> None:
@@ -111,7 +92,7 @@ class StoredLooks(Source):
         #: The numbers of the minibatch's samples.
         self.numbers = torch.empty(0, dtype=torch.int64)
         #: Whether P and losses are computed from H; not known before the first batch.
-        self._computes = self._returns_mapping = False
+        self._computes = False
         self._said = False
         self._forget_step()
 
@@ -224,7 +205,7 @@ class StoredLooks(Source):
         assert store.inputs is not None
         inputs = device.tensor_to_device(store.inputs[at]).float()
         if self._computes:
-            losses, grads = self._computed(state, inputs)
+            losses, grads = self._again.losses_and_grads(state, inputs)
         else:
             assert store.output_grads is not None
             grads = device.tensor_to_device(store.output_grads[at])
@@ -234,28 +215,12 @@ class StoredLooks(Source):
             len(numbers), losses=losses, inputs=inputs, output_grads=grads, labels=labels, bias=bias, finite=finite
         )
 
-    def _logits(self, state: State, inputs: torch.Tensor) -> torch.Tensor:
-        assert self.layer is not None
-        layer = self.layer.of(state)
-        with torch.no_grad(), self.selection_pass.precision(state):
-            return F.linear(inputs.to(layer.weight.dtype), layer.weight, layer.bias)
-
-    def _computed(self, state: State, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Computes losses and P by the current output layer on rows of H."""
-        leaf = self._logits(state, inputs).requires_grad_()
-        outputs: Any = _Outputs(logits=leaf) if self._returns_mapping else leaf
-        batch = copy_batch(state.batch)
-        with self.selection_pass.no_trace(state), torch.enable_grad(), self.selection_pass.precision(state):
-            losses = self.selection_pass.losses_of(state, outputs, batch, len(inputs))
-            (grads,) = torch.autograd.grad(losses.sum(), leaf)
-        return losses.detach(), grads.float()
-
     def _without_suspects(
         self, state: State, store: SampleStore, candidates: Candidates, numbers: torch.Tensor
     ) -> Candidates:
         assert self.suspects is not None
         inputs = candidates.inputs
-        logits = self._logits(state, inputs.float())
+        logits = self._again.logits(state, inputs.float())
         margins = margins_of(logits, candidates.labels)
         store.average_margins(numbers, margins, self.suspects.decay)
         self._judged.append((numbers, store.margins[numbers].clone()))
@@ -281,7 +246,7 @@ class StoredLooks(Source):
         candidates = self.two_passes.rehearse(state, num_samples)
         if self.layer is not None:
             self._refuse_positions(candidates)
-            self._computes = self._outputs_are_the_layers(state)
+            self._computes = self._again.is_what_the_loss_takes(state)
             width = candidates.inputs.shape[1]
             if SampleStore.width_within(self.numbering.size or 1, width, self.limit) < width:
                 self._computes = False
@@ -292,7 +257,7 @@ class StoredLooks(Source):
                     "else than that layer's output (or the store keeps a projection of its inputs: raise store_limit). "
                     "Leave suspects out."
                 )
-            margins_of(self._logits(state, candidates.inputs.float()), candidates.labels)
+            margins_of(self._again.logits(state, candidates.inputs.float()), candidates.labels)
         store = self._store(state)
         if not self._said:
             self._said = True
@@ -315,37 +280,23 @@ class StoredLooks(Source):
         log.info("%s.", text)
         self.bytes_per_sample = per_sample
 
-    def _outputs_are_the_layers(self, state: State) -> bool:
-        """Tells whether losses come out the same from the output layer's output alone."""
-        assert self.layer is not None
-        if is_sharded(unwrap(state.model).modules()):
-            return False
-        batch, few = self.selection_pass.few(state)
-        dim = self.layer.sample_dim or 0
-        with (
-            self.selection_pass.no_trace(state),
-            OutputLayerTap(self.layer.of(state), sample_dim=self.layer.sample_dim).open() as tap,
-        ):
-            outputs, losses = self.selection_pass.forward(state, copy_batch(batch), few)
-            rebuilt = _rebuilt(outputs, tap.leaf.detach())
-            if rebuilt is None or dim != 0:
-                return False
-            with torch.no_grad(), self.selection_pass.precision(state):
-                again = self.selection_pass.losses_of(state, rebuilt, copy_batch(batch), few)
-        self._returns_mapping = isinstance(rebuilt, _Outputs)
-        return bool(torch.allclose(losses.detach(), again, rtol=1e-4, atol=1e-6))
-
     def rows_of(self, state: State, batch: Any, num_samples: int) -> Rows | None:
         """Looks as a pass does: see :class:`.Source`."""
         return self.two_passes.rows_of(state, batch, num_samples)
 
-    def see_forward(self, state: State, numbers: torch.Tensor | None) -> None:
+    def see_forward(self, state: State) -> None:
         """Sees a microbatch before its forward pass: see :class:`.TrainingLooks`."""
-        self.training.before_forward(state, numbers)
+        self.training.before_forward(state)
 
-    def see_loss(self, state: State) -> None:
-        """Sees a microbatch before its loss: see :class:`.TrainingLooks`."""
-        self.training.before_loss(state, with_grads=self.layer is not None and not self._computes)
+    def see_loss(self, state: State, rows: torch.Tensor | None) -> None:
+        """Sees a microbatch before its loss.
+
+        Args:
+            state (State): The run's state.
+            rows (torch.Tensor, optional): Which samples of the minibatch it has; None if they are not as they were.
+        """
+        numbers = None if rows is None else self.numbers[rows]
+        self.training.before_loss(state, numbers, with_grads=self.layer is not None and not self._computes)
 
     def share(self, state: State) -> None:
         """Keeps what the step has shown, on all ranks alike.

@@ -1,4 +1,4 @@
-"""The rules by their names, those of installed packages included."""
+"""The rules by their names, those of installed packages and of users' files included."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import difflib
 import warnings
 from importlib.metadata import EntryPoint, entry_points
 
+from composer_gradmatch.registered import Registered, registered
 from composer_gradmatch.rules.calibrated import Calibrated
 from composer_gradmatch.rules.divbs import divbs
 from composer_gradmatch.rules.el2n import el2n
@@ -52,13 +53,13 @@ RULES: dict[str, Rule] = {
 
 
 def all_rules() -> dict[str, Rule]:
-    """Lists this package's rules, then those of other installed packages, which cannot take a name of ours.
+    """Lists this package's rules, then users' own, and those of installed packages, which cannot take a name of ours.
 
     One of theirs that cannot be used is left out, with a warning: it is no reason to stop what does not ask for it.
     """
-    rules = dict(RULES)
+    rules = {**RULES, **{name: _added(name, each) for name, each in registered("rule").items()}}
     for name, point in sorted(_others().items()):
-        if name not in RULES:
+        if name not in rules:
             try:
                 rules[name] = _loaded(name, point)
             except ValueError as error:
@@ -68,27 +69,41 @@ def all_rules() -> dict[str, Rule]:
 
 def rule_names() -> list[str]:
     """Lists the names of all rules; of other packages' none is imported for it."""
-    return [*RULES, *(name for name in _others() if name not in RULES)]
+    return list(dict.fromkeys([*RULES, *registered("rule"), *_others()]))
 
 
 def rule_named(name: str) -> Rule:
     """Finds a rule.
 
     Args:
-        name (str): Its name in :data:`RULES`, or as an entry point.
+        name (str): Its name in :data:`RULES`, by :data:`.register`, or as an entry point.
 
     Raises:
-        ValueError: If there is none of that name (it lists the nearest), or what an installed package has under it
-            cannot be imported or is none.
+        ValueError: If there is none of that name (it lists the nearest), or what an installed package or a user has
+            under it cannot be imported or is none.
     """
     if name in RULES:
         return RULES[name]
+    if name in registered("rule"):
+        return _added(name, registered("rule")[name])
     others = _others()
     if name in others:
         return _loaded(name, others[name])
-    names = [*RULES, *others]
+    names = rule_names()
     nearest = difflib.get_close_matches(name, names, 3, 0.5) or names
     raise ValueError(f"there is no rule {name!r}; perhaps {', '.join(map(repr, nearest))}.")
+
+
+def _added(name: str, added: Registered) -> Rule:
+    """Makes the record of a function that a user has registered.
+
+    Raises:
+        ValueError: If it is no rule; the message begins with its file and line.
+    """
+    try:
+        return Rule(added.function, name, **added.options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{added.where}: {error}") from error
 
 
 def _others() -> dict[str, EntryPoint]:

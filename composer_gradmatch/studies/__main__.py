@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from composer_gradmatch.studies.registry import STUDIES
 from composer_gradmatch.studies.strategies import all_strategies
 from composer_gradmatch.studies.study import Study
 from composer_gradmatch.train.config import ConfigError, load_config, nearest
+from composer_gradmatch.train.register_files import add_register, load_files, take_register
 
 __all__ = ["main"]
 
@@ -62,12 +64,18 @@ def _add_shared(parser: argparse.ArgumentParser, study: Study) -> None:
         metavar="FRACTION",
         help=f"fractions of the minibatch; default: {' '.join(map(str, study.keeps))}",
     )
+    add_register(parser)
     parser.add_argument("--retry-failed", action="store_true", help="make runs that failed once more")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line: returns the exit code, 2 for what cannot be run, 1 if every run failed."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    files, words = take_register(sys.argv[1:] if argv is None else argv)
+    try:
+        load_files(files)  # First: the names of strategies depend on them.
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
     if words[:1] == [picks.NAME]:
         return picks.run(_parser().parse_args(words))
     overrides = [word for word in words if "=" in word and not word.startswith("-")]
@@ -87,10 +95,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"{error}. The studies need: pip install 'composer-gradmatch[studies]'", file=sys.stderr)
         return 2
-    options = {name: value for name, value in vars(arguments).items() if name not in ("config", "overrides")}
+    options = {
+        name: value for name, value in vars(arguments).items() if name not in ("config", "overrides", "register")
+    }
     options |= {name: list(dict.fromkeys(options[name])) for name in ("strategies", "keep")}
     try:
-        return run_study(config, Path(arguments.config).stem, **options)
+        command = f"python -m composer_gradmatch.studies {shlex.join(words)}"
+        return run_study(config, Path(arguments.config).stem, command=command, **options)
     except ConfigError as error:
         print(f"{arguments.config}: the study cannot be run:\n{error}", file=sys.stderr)
         return 2

@@ -9,23 +9,28 @@ from composer.models import HuggingFaceModel
 
 from composer_gradmatch.studies.configs import quiet, with_label_noise
 from composer_gradmatch.studies.store import Run
+from composer_gradmatch.studies.strategies import STRATEGIES
 from composer_gradmatch.train import check_config
 from composer_gradmatch.train.builders import build_algorithms, build_loader, build_named, try_parts
 from composer_gradmatch.train.config import ConfigError
+from composer_gradmatch.train.register_files import loaded_files
 
 __all__ = ["cells", "check_study", "identity", "training_run"]
 
 
 def cells(strategies: Iterable[str], keeps: Iterable[float]) -> list[tuple[str, float]]:
-    """Gives the pairs (strategy, keep) of a study; the full batch is there once, with keep 1."""
+    """Gives the pairs (strategy, keep) of a study; the full batch is there once, with keep 1, as others of one keep."""
     keeps = list(keeps)
-    return [(s, k) for s in strategies for k in ([1.0] if s == "full" else keeps)]
+    own = {name: [each.arguments["keep"]] for name, each in STRATEGIES.items() if "keep" in each.arguments}
+    return [(s, k) for s in strategies for k in {"full": [1.0], **own}.get(s, keeps)]
 
 
 def identity(study: str, config: dict[str, Any], **shared: Any) -> dict[str, Any]:
     """Tells what all runs of a study share; the config's seed and names of files are not of it."""
     dropped = ("seed", "run_name", "save_folder", "loggers", "callbacks", "progress_bar")
-    return {"study": study, "config": {k: v for k, v in config.items() if k not in dropped}, **shared}
+    files = {file.name: digest for file, digest in loaded_files().items()}
+    own = {"registered": files} if files else {}
+    return {"study": study, "config": {k: v for k, v in config.items() if k not in dropped}, **own, **shared}
 
 
 def check_study(config: dict[str, Any], runs: Sequence[Run]) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from composer_gradmatch.train.register_files import loaded_files
+
 __all__ = ["provenance"]
 
 _PACKAGES = ("composer-gradmatch", "mosaicml", "torch", "numpy", "scikit-learn", "torchmetrics")
@@ -22,6 +24,7 @@ def provenance() -> dict[str, str]:
         "python": platform.python_version(),
         **{f"{name} version": _version(name) for name in _PACKAGES},
         "git revision": _revision(),
+        **{f"registered {file.name}": f"SHA-256 {digest}" for file, digest in loaded_files().items()},
     }
 
 

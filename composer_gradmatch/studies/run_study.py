@@ -16,6 +16,7 @@ from composer_gradmatch.studies.report import write_report
 from composer_gradmatch.studies.store import Run, Store
 from composer_gradmatch.studies.tasks import do_run
 from composer_gradmatch.train import check_config
+from composer_gradmatch.train.register_files import loaded_files
 
 __all__ = ["run_study"]
 
@@ -29,6 +30,7 @@ def run_study(
     keep: Sequence[float],
     retry_failed: bool = False,
     jobs: int = 1,
+    command: str = "",
     **options: Any,
 ) -> int:
     """Makes a study's missing runs and writes its report.
@@ -42,6 +44,7 @@ def run_study(
         keep (Sequence[float]): Fractions to keep.
         retry_failed (bool, optional): Whether runs that failed are made once more. Default: ``False``.
         jobs (int, optional): Runs at a time. Default: ``1``.
+        command (str, optional): How this was asked for, for the report. Default: ``""``.
         options: The study's own; see the command line.
 
     Returns:
@@ -57,8 +60,8 @@ def run_study(
     try:
         for run in plan.alone:
             _make(store, [run], 1, retry_failed)
-        _make(store, plan.runs, jobs, retry_failed)
-        summary = write_report(store, study, name)
+        _make(store, plan.runs if plan.adapt is None else plan.adapt(store, retry_failed), jobs, retry_failed)
+        summary = write_report(store, study, name, command)
         print(summary.read_text())
         print(f"Results, figures and logs of the runs are in {out}.")
         return 0 if any(not record.error for record in store.records(study)) else 1
@@ -74,7 +77,8 @@ def _make(store: Store, runs: Sequence[Run], jobs: int, retry_failed: bool) -> N
     missing = [run for run in runs if not store.has(run, retry_failed)]
     label = {"total": len(runs), "initial": len(runs) - len(missing), "desc": study.name}
     with tqdm(**label, unit="run", dynamic_ncols=True) as bar:
-        for run, record in run_all(partial(do_run, study.task), missing, jobs, store.folder / "logs"):
+        task = partial(do_run, study.task, files=loaded_files())
+        for run, record in run_all(task, missing, jobs, store.folder / "logs"):
             store.save(run, record)
             if record.error:
                 bar.write(f"{run.key} failed: {record.error}")

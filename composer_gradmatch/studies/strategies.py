@@ -37,8 +37,10 @@ class Strategy:
         passes (int): Forward passes over the whole minibatch beside the training step: see :data:`.Passes`.
         color (str): Of its lines and bars, as matplotlib names it.
         marker (str): Of its points, as matplotlib names it: a filled one.
-        arguments (Mapping[str, Any], optional): What tells it from other strategies of the same algorithm.
-            Default: ``{}``.
+        arguments (Mapping[str, Any], optional): What tells it from other strategies of the same algorithm. A ``keep``
+            among them is the only one that it has. Default: ``{}``.
+        looked_at (float, optional): The share of a minibatch that its passes are made over; less than one with a store
+            of looks. Default: ``1.0``.
     """
 
     name: str
@@ -47,6 +49,12 @@ class Strategy:
     color: str
     marker: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    looked_at: float = 1.0
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether it keeps a store of looks, so that its steps are not alike and cannot be timed apart from a run."""
+        return "refresh" in self.arguments
 
     def cost(self, keep: float, forward_share: float = FORWARD_SHARE) -> float:
         """Tells what a step costs, in full steps, if selection itself is free: see :func:`.step_cost`.
@@ -55,20 +63,34 @@ class Strategy:
             keep (float): m/M; not used for the full batch.
             forward_share (float, optional): f, the forward pass's share of a full step. Default: ``1/3``.
         """
-        return step_cost(self.passes, 1.0 if self.algorithm is None else keep, forward_share)
+        keep = self.arguments.get("keep", 1.0 if self.algorithm is None else keep)
+        if self.looked_at < 1:
+            return self.looked_at * forward_share + keep
+        return step_cost(self.passes, keep, forward_share)
 
 
 _REUSE = {"reuse_activations": True}
+_STORED = {"refresh": "5ep"}
+_TRUSTED = {**_STORED, "suspects": True}
 #: Name → strategy, in the order of tables and legends. Colours are those of seaborn's "colorblind" palette.
 STRATEGIES: dict[str, Strategy] = {
     strategy.name: strategy
     for strategy in (
         Strategy("gradmatch", "gradmatch", 2, "#0173b2", "o"),
+        Strategy("gradmatch_matched", "gradmatch", 2, "#002d5c", "H", {"weights": "matched"}),
         Strategy("loss", "loss_backprop", 2, "#de8f05", "s"),
         Strategy("random", "random_backprop", 0, "#029e73", "^"),
         Strategy("selective_backprop", "selective_backprop", 2, "#d55e00", "D"),
         Strategy("gradmatch_reuse", "gradmatch", 1, "#cc78bc", "P", _REUSE),
         Strategy("loss_reuse", "loss_backprop", 1, "#ca9161", "v", _REUSE),
+        # With stored looks; "trusted" ones leave samples out whose labels look wrong.
+        Strategy("gradmatch_stored", "gradmatch", 2, "#6a3d9a", "p", _STORED, 1 / 5),
+        Strategy("gradmatch_trusted", "gradmatch", 2, "#b15928", "h", _TRUSTED, 1 / 5),
+        Strategy("matched_trusted", "gradmatch", 2, "#1b7837", "d", {**_TRUSTED, "weights": "matched"}, 1 / 5),
+        Strategy("loss_stored", "loss_backprop", 2, "#f1b6da", "8", _STORED, 1 / 5),
+        Strategy("importance_stored", "importance_backprop", 2, "#bf812d", "*", _STORED, 1 / 5),
+        Strategy("random_trusted", "random_backprop", 2, "#80cdc1", "<", _TRUSTED, 1 / 5),
+        Strategy("full_trusted", "random_backprop", 2, "#878787", ">", {**_TRUSTED, "keep": 1.0}, 1 / 5),
         Strategy("full", None, 0, "#404040", "X"),
     )
 }
@@ -85,7 +107,7 @@ def all_strategies() -> dict[str, Strategy]:
 
     A rule is a strategy by its own name, and one that looks at its candidates also one by ``NAME_reuse``.
     """
-    taken = {strategy.algorithm for strategy in STRATEGIES.values()}
+    taken = {strategy.algorithm for strategy in STRATEGIES.values() if not strategy.is_stored}
     rules = [rule for name, rule in sorted(all_rules().items()) if name not in taken]
     colors = _free(_MORE_COLORS, [rule.color for rule in rules])
     markers = _free(_MORE_MARKERS, [rule.marker for rule in rules])
@@ -181,7 +203,7 @@ def strategy_entry(config: dict[str, Any], name: str, keep: float) -> dict[str, 
     arguments = {**own, **{key: shared[key] for key in common if key in shared and key in accepted}}
     if strategy.passes == 1:
         arguments = {key: value for key, value in arguments.items() if key not in _OWN_PASS}
-    return {strategy.algorithm: {**arguments, **strategy.arguments, "keep": keep}}
+    return {strategy.algorithm: {**arguments, "keep": keep, **strategy.arguments}}
 
 
 def with_strategy(config: dict[str, Any], name: str, keep: float) -> dict[str, Any]:

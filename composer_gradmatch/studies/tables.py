@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 import pandas as pd
 
 from composer_gradmatch.studies.statistics import interval_of_median
 from composer_gradmatch.studies.store import Record, Store
-from composer_gradmatch.studies.strategies import in_order
+from composer_gradmatch.studies.strategies import STRATEGIES, in_order
 
 __all__ = ["Table", "cell_order", "conditions", "frame", "markdown", "measured_costs", "range_of"]
 
@@ -65,13 +66,32 @@ def cell_order(data: Table) -> list[tuple[str, float]]:
 
 
 def measured_costs(store: Store) -> dict[tuple[str, float], tuple[float, float, float]]:
-    """Finds (strategy, keep) → median share of the full batch's time a sample, and its 95 % interval."""
+    """Finds (strategy, keep) → median share of the full batch's time a sample, and its 95 % interval.
+
+    Of steps that were timed in turn; of strategies with stored looks, whose steps are not alike, of whole runs'
+    training time, relative to the full batch's run of the same seed.
+    """
+    costs = _costs_of_runs(store)
     data = frame(store.records("step-time"))
     if data.empty:
-        return {}
+        return costs
     data = data[data["measured"] == "step"]
-    costs = {}
     for (strategy, keep), group in data.groupby(["strategy", "keep"]):
         low, high = interval_of_median(group["ratio"])
         costs[str(strategy), float(keep)] = (float(group["ratio"].median()), low, high)
+    return costs
+
+
+def _costs_of_runs(store: Store) -> dict[tuple[str, float], tuple[float, float, float]]:
+    seconds: dict[tuple[str, float], dict[int, float]] = {}
+    for record in store.records("accuracy"):
+        if trained := record.details.get("training_seconds"):
+            cell = record.settings["strategy"], record.settings["keep"]
+            seconds.setdefault(cell, {})[record.settings["seed"]] = trained[-1]
+    full = seconds.get(("full", 1.0), {})
+    costs = {}
+    for (strategy, keep), own in seconds.items():
+        ratios = [trained / full[seed] for seed, trained in own.items() if seed in full]
+        if ratios and strategy in STRATEGIES and STRATEGIES[strategy].is_stored:
+            costs[strategy, keep] = (median(ratios), *interval_of_median(ratios))
     return costs

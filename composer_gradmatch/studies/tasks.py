@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
 from composer_gradmatch.studies.store import Run
+from composer_gradmatch.train.config import ConfigError
+from composer_gradmatch.train.register_files import load_files, loaded_files
 from composer_gradmatch.train.trainer import expect_small_batches
 
 __all__ = ["do_run"]
 
 
-def do_run(task: str, run: Run) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def do_run(task: str, run: Run, files: Mapping[Path, str] | None = None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Does a run by the task of its study: returns its rows, and what is too long for a table.
 
     Args:
         task (str): See :class:`.Study`.
         run (Run): What to do.
+        files (Mapping[Path, str], optional): What ``--register`` has named, and the SHA-256 of what these files held.
+            Default: ``None``.
+
+    Raises:
+        ConfigError: If a file has changed since.
     """
+    load_files(files or ())
+    for file, digest in (files or {}).items():
+        if loaded_files()[file] != digest:
+            raise ConfigError(f"--register: {file} has changed since the study was started. Start it again.")
     expect_small_batches()
     return resolve_name(task)(run)

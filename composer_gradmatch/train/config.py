@@ -19,12 +19,14 @@ from omegaconf.errors import OmegaConfBaseException
 __all__ = [
     "ConfigError",
     "argument_problems",
+    "hints_of",
     "load_config",
     "matches",
     "nearest",
     "one_line",
     "parse_time",
     "show_type",
+    "with_overrides",
 ]
 
 
@@ -52,15 +54,31 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, An
     Raises:
         ConfigError: If the file is missing or no YAML mapping, or an override cannot be read.
     """
-    path, overrides = Path(path), list(overrides)
+    path = Path(path)
     if not path.is_file():
         found = [str(other) for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         hint = nearest(str(path), found) if found else f"There is no *.yaml in {path.parent}."
         raise ConfigError(f"There is no config file {path}: {hint}")
+    merged = with_overrides(_read(path), overrides)
+    try:
+        config = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    except _UNREADABLE as error:
+        raise ConfigError(f"Cannot read {path}: {one_line(error)}") from error
+    assert isinstance(config, dict)
+    return {str(key): value for key, value in config.items()}
+
+
+def with_overrides(config: DictConfig, overrides: Iterable[str]) -> DictConfig:
+    """Applies ``key.sub=value`` overrides.
+
+    Raises:
+        ConfigError: If one cannot be read.
+    """
+    overrides = list(overrides)
     wrong = [override for override in overrides if "=" not in override or override.startswith("=")]
     if wrong:
         raise ConfigError(f"Overrides have the form key.sub=value; got {', '.join(map(repr, wrong))}.")
-    merged = _read(path)
+    merged: Any = config
     for override in overrides:
         try:
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
@@ -68,12 +86,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, An
             raise ConfigError(
                 f"{override.split('=')[0]}: cannot override it with {override!r}: {one_line(error)}"
             ) from error
-    try:
-        config = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
-    except _UNREADABLE as error:
-        raise ConfigError(f"Cannot read {path}: {one_line(error)}") from error
-    assert isinstance(config, dict)
-    return {str(key): value for key, value in config.items()}
+    return merged
 
 
 # What YAML's and OmegaConf's own code raises on what a file or an override may hold.
@@ -147,7 +160,7 @@ def argument_problems(
     kinds = {p.kind for p in signature.parameters.values()}
     # A base class that takes any positional arguments too takes none of them to heart.
     open_ended = inspect.Parameter.VAR_KEYWORD in kinds and inspect.Parameter.VAR_POSITIONAL not in kinds
-    hints = _hints(factory)
+    hints = hints_of(factory)
     problems = []
     for key, value in arguments.items():
         if key not in named:
@@ -164,7 +177,8 @@ def argument_problems(
     return problems
 
 
-def _hints(factory: Callable[..., Any]) -> dict[str, Any]:
+def hints_of(factory: Callable[..., Any]) -> dict[str, Any]:
+    """Gives the types of a function's or a class's parameters, as far as they can be told."""
     function = factory.__init__ if inspect.isclass(factory) else factory
     try:
         return typing.get_type_hints(function)

@@ -1,4 +1,4 @@
-"""Names in YAML → what they stand for: tables of factories, and the entry points that add to them."""
+"""Names in YAML → what they stand for: tables of factories, and the entry points and users' files that add to them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ from composer_gradmatch.algorithms.random_backprop import RandomBackprop
 from composer_gradmatch.algorithms.selection_log import SelectionLog
 from composer_gradmatch.data.table import DATA_SETS
 from composer_gradmatch.models.table import MODELS
-from composer_gradmatch.rules.table import rule_named, rule_names
+from composer_gradmatch.registered import registered
+from composer_gradmatch.rules.table import GROUP, RULES, rule_named, rule_names
 from composer_gradmatch.train.config import ConfigError, nearest
 from composer_gradmatch.train.refusals import mark_as_users
+from composer_gradmatch.train.registered_factories import data_factory, model_factory
 
-__all__ = ["TABLES", "Factory", "resolve"]
+__all__ = ["TABLES", "Factory", "clashes", "names_of", "resolve"]
 
 Factory = Callable[..., Any]
 
@@ -127,8 +129,31 @@ TABLES: dict[str, tuple[dict[str, Factory], str | None]] = {
 }
 
 
+#: Kind of thing that users register → what makes a factory of it; a rule's is that of an algorithm.
+_ADDED: dict[str, Callable[..., Factory]] = {"data set": data_factory, "model": model_factory}
+
+
+def names_of(kind: str) -> set[str]:
+    """Lists the names of a kind, of our tables and users' files; of other packages', only those of rules."""
+    added = registered(kind) if kind in _ADDED else {}
+    return {*TABLES[kind][0], *added, *(rule_names() if kind == "algorithm" else [])}
+
+
+def clashes() -> list[str]:
+    """Tells which names that users have registered are those of something else: a message for each."""
+    problems = []
+    for kind in (*_ADDED, "rule"):
+        table, group = (_ALGORITHMS | RULES, GROUP) if kind == "rule" else TABLES[kind]
+        installed = {point.name for point in entry_points(group=group)} if group else set()
+        for name, each in registered(kind).items():
+            if name in table or name in installed:
+                owner = "this package or Composer" if name in table else "an installed package"
+                problems.append(f"{each.where}: {name!r} is a name of {owner} already. Give the {kind} another one.")
+    return problems
+
+
 def resolve(kind: str, name: str) -> Factory:
-    """Finds the factory that a name stands for: of our tables, else of an installed package's entry points.
+    """Finds the factory that a name stands for: of our tables, of users' files, or of an installed package.
 
     A rule's name is that of an algorithm, whether the rule is one of ours or of another package.
 
@@ -142,15 +167,16 @@ def resolve(kind: str, name: str) -> Factory:
     table, group = TABLES[kind]
     if name in table:
         return table[name]
+    if kind in _ADDED and name in registered(kind):
+        return _ADDED[kind](registered(kind)[name])
     added = {point.name: point for point in entry_points(group=group)} if group else {}
     if name in added:
         factory = added[name].load()
         mark_as_users(factory.__module__)
         return factory
-    rules = rule_names() if kind == "algorithm" else []
-    if name in rules:
+    if kind == "algorithm" and name in rule_names():
         return _rules_algorithm(name)
-    raise ConfigError(f"unknown {kind} {name!r}; {nearest(name, {*table, *added, *rules})}")
+    raise ConfigError(f"unknown {kind} {name!r}; {nearest(name, {*names_of(kind), *added})}")
 
 
 def _rules_algorithm(name: str) -> Factory:

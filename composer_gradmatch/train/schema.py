@@ -16,6 +16,7 @@ from composer.utils.file_helpers import format_name_with_dist
 
 from composer_gradmatch.train.config import ConfigError, argument_problems, matches, nearest, show_type
 from composer_gradmatch.train.refusals import refusing
+from composer_gradmatch.train.registry import clashes
 from composer_gradmatch.train.section_checks import check_entries, check_loader, check_section
 from composer_gradmatch.train.value_rules import TRAINER_RULES, number_problems, overwriting_problem, rule_problems
 
@@ -76,7 +77,8 @@ def check_config(config: dict[str, Any]) -> None:
     Raises:
         ConfigError: With all problems, one a line.
     """
-    problems = [f"{key}: missing." for key in _REQUIRED if config.get(key) is None]
+    problems = clashes()
+    problems += [f"{key}: missing." for key in _REQUIRED if config.get(key) is None]
     problems += number_problems("", {key: value for key, value in config.items() if key != "variables"})
     problems += _top_level_problems(config, problems)
     for key in ("model", "optimizer", "scheduler"):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from composer_gradmatch.data import NoisyLabels
+from composer_gradmatch.data import NoisyLabels, validation_part
 from composer_gradmatch.train.config import ConfigError, argument_problems, matches, nearest, show_type
-from composer_gradmatch.train.registry import TABLES, resolve
+from composer_gradmatch.train.registered_factories import loss_named, takes_loss
+from composer_gradmatch.train.registry import TABLES, names_of, resolve
 from composer_gradmatch.train.value_rules import ARGUMENT_RULES, LOADER_RULES, Rule, number_problems, rule_problems
 
 __all__ = ["check_entries", "check_loader", "check_section"]
@@ -20,6 +21,7 @@ _LOADER_TYPES = {
     "persistent_workers": bool,
     "timeout": float,
     "label_noise": dict | None,
+    "validation": dict | None,
 }
 
 
@@ -33,7 +35,14 @@ def _check_named(
         return [f"{name_at}: {error}"]
     if arguments is None:
         return []
-    problems = argument_problems(at, factory, arguments, supplied)
+    problems, loss = [], arguments.get("loss_fn")
+    if isinstance(loss, str) and takes_loss(kind, factory):
+        try:
+            loss_named(loss)
+        except ConfigError as error:
+            problems = [f"{at}.loss_fn: {error}"]
+        supplied, arguments = (*supplied, "loss_fn"), {k: v for k, v in arguments.items() if k != "loss_fn"}
+    problems += argument_problems(at, factory, arguments, supplied)
     if factory is TABLES[kind][0].get(name):  # The rules are for what our tables hold, not for what others bring.
         problems += _ruled(at, arguments, ARGUMENT_RULES.get(kind, {}), problems, name)
     return problems
@@ -50,7 +59,7 @@ def _ruled(at: str, values: dict[str, Any], rules: dict[str, Rule], known: list[
 def _without_name(kind: str, where: str, section: Any) -> list[str]:
     if isinstance(section, dict) and isinstance(section.get("name"), str):
         return []
-    return [f"{where}: expected a mapping with a name, got {section!r}. {nearest('', TABLES[kind][0])}"]
+    return [f"{where}: expected a mapping with a name, got {section!r}. {nearest('', names_of(kind))}"]
 
 
 def check_section(kind: str, where: str, section: Any, supplied: tuple[str, ...] = ()) -> list[str]:
@@ -82,6 +91,8 @@ def check_loader(where: str, section: Any) -> list[str]:
             problems.append(f"{where}.{key}: expected {show_type(_LOADER_TYPES[key])}, got {value!r}.")
         elif key == "label_noise" and value is not None:
             problems += argument_problems(f"{where}.label_noise", NoisyLabels, value, supplied=("dataset",))
+        elif key == "validation" and value is not None:
+            problems += argument_problems(f"{where}.validation", validation_part, value, supplied=("dataset",))
     problems += _ruled(where, section, LOADER_RULES, problems)
     if not problems and not section.get("num_workers"):
         problems = [

@@ -27,6 +27,7 @@ from composer_gradmatch.train.builders import (
 )
 from composer_gradmatch.train.config import ConfigError
 from composer_gradmatch.train.refusals import refusing
+from composer_gradmatch.train.register_files import loaded_files
 from composer_gradmatch.train.run_summary import RunSummary
 from composer_gradmatch.train.schema import TRAINER_KEYS, check_config
 from composer_gradmatch.train.setting_up import BatchesBegun, check_samples, setting_up
@@ -160,7 +161,8 @@ def build_trainer(config: dict[str, Any], summary: RunSummary | None = None) -> 
     # Only now: what could not be built holds no run, and may be tried again.
     if folder is not None and dist.get_global_rank() == 0:
         resolved = {**config, "run_name": run_name, "seed": seed}
-        (folder / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+        files = "".join(f"# --register {file}, SHA-256 {digest}\n" for file, digest in loaded_files().items())
+        (folder / "config.yaml").write_text(files + yaml.safe_dump(resolved, sort_keys=False))
     return trainer
 
 

@@ -53,6 +53,20 @@ def test_ranks_that_see_other_samples_decide_alike_whether_to_look(folder):
     assert len({step["is_on"] for step in one}) == 2, "it should have been on and off"
 
 
+def test_all_ranks_store_what_each_has_seen_as_one_process_would(folder):
+    one, other = (torch.load(folder / f"store{rank}.pt") for rank in range(2))
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], equal_nan=True, rtol=0, atol=0)
+    module, (inputs, targets) = CONV.model().module, CONV.data(48).tensors
+    with torch.no_grad():
+        torch.testing.assert_close(one["inputs"], module[:-1](inputs).half(), rtol=1e-2, atol=1e-3)
+        losses = torch.nn.functional.cross_entropy(module(inputs), targets, reduction="none")
+    torch.testing.assert_close(one["losses"], losses, rtol=1e-2, atol=1e-3)
+    assert one["margins"].isfinite().all()
+    assert set(one["stamps"].tolist()) <= {0, 1, 2}
+
+
 def test_the_log_of_who_was_picked_is_of_both_ranks(folder):
     trained = [torch.load(folder / f"trained{rank}.pt") for rank in range(2)]
     inputs = CONV.data(25).tensors[0][:, 0, 0, 0]

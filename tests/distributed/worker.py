@@ -55,6 +55,16 @@ def decide(folder):
     torch.save(decided, folder / f"decided{dist.get_global_rank()}.pt")
 
 
+def store(folder):
+    """What is stored after some epochs, in which samples move between the ranks; nothing is learned."""
+    algorithm = GradMatch(start=0.0, end=1.0, keep=0.2, interrupt=0, refresh="2ep", suspects={"after": "9ep"})
+    data = number_samples(CONV.data(48))
+    sampler = dist.get_sampler(data, shuffle=True)
+    train = DataLoader(data, 12, sampler=sampler, collate_fn=data.collate_fn)
+    make_trainer(CONV.model(), train, [algorithm], algorithm_passes=[select_first], max_duration="3ep", lr=0.0).fit()
+    torch.save(algorithm.selector.store.store.state_dict(), folder / f"store{dist.get_global_rank()}.pt")
+
+
 def log_picks(folder):
     """The log of two epochs, and what each rank has trained on: the first input of each sample, and its weight."""
     dataset, trained = number_samples(CONV.data(25)), []  # One sample is there twice, to fill the ranks up.
@@ -78,4 +88,5 @@ if __name__ == "__main__":
     for number, case in enumerate(json.loads(sys.argv[2])):
         make_step(Path(sys.argv[1]) / str(number), *case)
     decide(Path(sys.argv[1]))
+    store(Path(sys.argv[1]))
     log_picks(Path(sys.argv[1]))

@@ -8,6 +8,7 @@ from typing import Any
 from composer_gradmatch.studies.configs import quiet, with_synthetic_data
 from composer_gradmatch.studies.planning import cells
 from composer_gradmatch.studies.store import Run
+from composer_gradmatch.studies.strategies import strategy_named
 from composer_gradmatch.studies.study import Plan
 
 __all__ = ["plan_step_time", "step_time_run"]
@@ -29,7 +30,7 @@ def step_time_run(
 ) -> Run:
     """Gives the run that times variants (strategy, keep, batch size) of a config beside the full batch."""
     full = ("full", 1.0, config["global_train_batch_size"])
-    variants = sorted({full, *variants})
+    variants = sorted({full, *(each for each in variants if not strategy_named(each[0]).is_stored)})
     named = " ".join(f"{strategy}:{keep:g}:{size}" for strategy, keep, size in variants)
     settings = {"variants": named, "rounds": rounds, **settings}
     return Run("step-time", settings, config, {"variants": [list(v) for v in variants], "rounds": rounds})
