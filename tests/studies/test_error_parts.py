@@ -251,7 +251,7 @@ def test_a_strategys_rule_has_the_configs_options_and_its_own():
 
 
 def test_importance_sampling_is_drawn_from_where_it_looks():
-    base = config("algorithms={importance_backprop: {score: loss}}")
+    base = config("algorithms.gradmatch=false", "algorithms.importance_backprop={score: loss}")
     variant = Draws.build(base, "importance_backprop", 0.25, 16)
     gradients = normal(torch.Generator().manual_seed(0), 16, 12)  # Of like norms, so that looking would not pay.
     candidates = Candidates(16, losses=torch.arange(16.0) + 1, gram=gradients @ gradients.T)
