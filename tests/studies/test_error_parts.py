@@ -295,7 +295,8 @@ def test_a_study_at_the_start_and_after_an_epoch(store):
 
 
 def test_an_epoch_of_a_longer_training_is_made_at_its_own_learning_rates():
-    trainer = trained(config(), 1)
+    base = {**config(), "loggers": {}}
+    trainer = trained(base, 1)
     trainer.close()
     (group,) = trainer.state.optimizers[0].param_groups
     assert (int(trainer.state.timestamp.epoch), int(trainer.state.timestamp.batch)) == (1, 11)
@@ -303,7 +304,7 @@ def test_an_epoch_of_a_longer_training_is_made_at_its_own_learning_rates():
     assert group["lr"] == pytest.approx(0.025, rel=0.15)
     assert trainer.state.algorithms == []
     with pytest.raises(ValueError, match="training was over after 2 epochs"):
-        trained(config(), 3)
+        trained(base, 3)
 
 
 @pytest.mark.parametrize(
