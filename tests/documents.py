@@ -21,6 +21,7 @@ import yaml
 
 import composer_gradmatch.benchmarks.__main__ as benchmarks
 import composer_gradmatch.studies.__main__ as studies
+import composer_gradmatch.studies.picks.report as picks_report
 import composer_gradmatch.studies.run_study as run_study
 import composer_gradmatch.train.command as train
 from composer_gradmatch.train import check_config
@@ -217,7 +218,7 @@ def _studied(arguments: list[str]) -> list[str]:
         configs.append(config)
         return 0
 
-    with mock.patch.object(run_study, "run_study", instead):
+    with mock.patch.object(run_study, "run_study", instead), mock.patch.object(picks_report, "report_picks"):
         problems = _exit_of(studies.main, arguments)
     return problems + [problem for config in configs for problem in config_problems(config)]
 

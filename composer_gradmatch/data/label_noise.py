@@ -9,7 +9,7 @@ import torch
 from composer.utils.batch_helpers import batch_get, batch_set
 from torch.utils.data import Dataset, TensorDataset
 
-__all__ = ["NoisyLabels"]
+__all__ = ["NoisyLabels", "labels_of"]
 
 
 class NoisyLabels(Dataset):
@@ -29,6 +29,8 @@ class NoisyLabels(Dataset):
     Attributes:
         noisy_indices (np.ndarray): The noisy samples, int64, in increasing order.
         wrong_indices (np.ndarray): Those of them whose drawn label is another than their own.
+        original_labels (np.ndarray): The labels without noise, shape (N,).
+        noisy_labels (np.ndarray): The labels with it, shape (N,).
 
     Raises:
         ValueError: If ``fraction`` is out of range or labels are not one integer a sample.
@@ -37,7 +39,7 @@ class NoisyLabels(Dataset):
     def __init__(self, dataset: Any, fraction: float, seed: int, target_key: int | str | None = None) -> None:
         if not 0 <= fraction <= 1:
             raise ValueError(f"label_noise.fraction must be in [0, 1], the share of noisy labels; got {fraction}.")
-        labels = _labels(dataset, target_key)
+        labels = labels_of(dataset, target_key)
         classes = np.unique(labels)
         rng = np.random.default_rng(seed)
         order = rng.permutation(len(labels))
@@ -45,6 +47,8 @@ class NoisyLabels(Dataset):
         self.dataset, self.target_key = dataset, target_key
         self.noisy_indices = np.sort(order[: round(fraction * len(labels))])
         self.wrong_indices = self.noisy_indices[classes[drawn[self.noisy_indices]] != labels[self.noisy_indices]]
+        self.original_labels, self.noisy_labels = labels, labels.copy()
+        self.noisy_labels[self.noisy_indices] = classes[drawn[self.noisy_indices]]
         self._noisy = {int(i): int(classes[drawn[i]]) for i in self.noisy_indices}
 
     def __len__(self) -> int:
@@ -79,7 +83,19 @@ def _label(sample: Any, target_key: int | str | None) -> Any:
         ) from error
 
 
-def _labels(dataset: Any, target_key: int | str | None) -> np.ndarray:
+def labels_of(dataset: Any, target_key: int | str | None = None) -> np.ndarray:
+    """Gives the labels of a data set: see :class:`NoisyLabels`.
+
+    Args:
+        dataset (Dataset): Map-style.
+        target_key (int | str, optional): Where a sample has its label. Default: ``None``.
+
+    Returns:
+        np.ndarray: Integers, shape (N,).
+
+    Raises:
+        ValueError: If labels are not one integer a sample.
+    """
     found: Any
     if isinstance(dataset, TensorDataset) and not isinstance(target_key, str):
         found = dataset.tensors[1 if target_key is None else target_key]

@@ -54,11 +54,21 @@ class TokenizedTexts(Dataset):
         ]
         self.tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         self.tensors["labels"] = torch.tensor(labels, dtype=torch.int64)
+        self.tokenizer = tokenizer
 
     @property
     def labels(self) -> torch.Tensor:
         """The labels, int64, shape (N,)."""
         return self.tensors["labels"]
+
+    def texts(self, indices: Sequence[int]) -> list[str]:
+        """Gives texts as far as they are among the tokens, to be read by people.
+
+        Args:
+            indices (Sequence[int]): Of which samples.
+        """
+        rows = self.tensors["input_ids"][list(indices)]
+        return load_tokenizer(self.tokenizer).batch_decode(rows, skip_special_tokens=True)
 
     def __len__(self) -> int:
         return len(self.labels)

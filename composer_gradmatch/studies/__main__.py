@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from composer_gradmatch.studies import picks
 from composer_gradmatch.studies.options import fraction
 from composer_gradmatch.studies.registry import STUDIES
 from composer_gradmatch.studies.strategies import all_strategies
@@ -37,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         own = studies.add_parser(study.name, help=study.help, description=study.help)
         _add_shared(own, study)
         study.options(own)
+    picks.add_parser(studies)
     return parser
 
 
@@ -74,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
+    if words[:1] == [picks.NAME]:
+        return picks.run(_parser().parse_args(words))
     overrides = [word for word in words if "=" in word and not word.startswith("-")]
     arguments = _parser().parse_args([word for word in words if word not in overrides])
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

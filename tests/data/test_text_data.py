@@ -98,6 +98,7 @@ def test_texts_are_cut_and_padded_to_one_length(bert):
         padded = [*tokens, *["[PAD]"] * (6 - len(tokens))]
         assert encode.convert_ids_to_tokens(sample["input_ids"]) == padded
         assert sample["attention_mask"].tolist() == [1] * len(tokens) + [0] * (6 - len(tokens))
+    assert held.texts([1, 0]) == ["good", " ".join(WORDS[:4])]
     for wrong in (2, 513):
         with pytest.raises(ValueError, match=f"max_length must be from 3 to 512 tokens.*got {wrong}"):
             TokenizedTexts(texts, [1, 1, 0], bert, wrong)
