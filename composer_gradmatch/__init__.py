@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from composer_gradmatch.algorithms.random_backprop import RandomBackprop
     from composer_gradmatch.algorithms.rule_backprop import RuleBackprop
     from composer_gradmatch.algorithms.select_first import select_first
+    from composer_gradmatch.algorithms.selection_log import SelectionLog
     from composer_gradmatch.batches.sample_numbers import number_samples
     from composer_gradmatch.last_layer import last_layer_gram
     from composer_gradmatch.matching import gram_omp, normalize_weights
@@ -34,6 +35,7 @@ __all__ = [
     "RandomBackprop",
     "Rule",
     "RuleBackprop",
+    "SelectionLog",
     "WholeBatch",
     "gram_omp",
     "last_layer_gram",
@@ -54,6 +56,7 @@ _MODULES = {
     "RandomBackprop": "algorithms.random_backprop",
     "Rule": "rules.rule",
     "RuleBackprop": "algorithms.rule_backprop",
+    "SelectionLog": "algorithms.selection_log",
     "WholeBatch": "rules.picks",
     "gram_omp": "matching",
     "last_layer_gram": "last_layer",

@@ -35,6 +35,7 @@ SLOW = (
     "test_single_pass.py::test_what_runs_in_another_way_is_found_in_low_precision",
     "test_sliced_backward.py::test_the_sliced_gradient_is_autograds_of_the_picks[ResNet-18, GroupNorm]",
     "test_train.py::test_the_command_line[launcher1]",
+    "test_verdict.py::test_where_nothing_differs_at_most_5_percent_of_verdicts_name_a_winner",
 )
 
 

@@ -125,25 +125,28 @@ class Selector:
         elif self.store is not None:
             self._watched = num_samples
 
-    def see_forward(self, state: State, num_samples: int, rows: Callable[[], torch.Tensor | None]) -> None:
+    def see_forward(self, state: State, num_samples: int) -> None:
         """Sees a microbatch before its forward pass.
 
         Args:
             state (State): The run's state.
             num_samples (int): How many samples it has.
-            rows (Callable): Tells which samples of the minibatch they are; None if they were changed.
         """
         if self.store is not None:
-            found = rows()
-            self.store.see_forward(state, None if found is None else self.store.numbers[found])
+            self.store.see_forward(state)
         else:
             assert self._training is not None
             self._training.before_forward(state, num_samples)
 
-    def see_loss(self, state: State) -> None:
-        """Sees a microbatch before its loss."""
+    def see_loss(self, state: State, rows: Callable[[], torch.Tensor | None]) -> None:
+        """Sees a microbatch before its loss, and after what other algorithms have made of it before its forward pass.
+
+        Args:
+            state (State): The run's state.
+            rows (Callable): Tells which samples of the minibatch it has; None if they are not as they were.
+        """
         if self.store is not None:
-            self.store.see_loss(state)
+            self.store.see_loss(state, rows())
         else:
             assert self._training is not None
             self._training.before_loss(state)

@@ -203,11 +203,10 @@ class SubsetBackprop(Algorithm):
             state.batch = self._rows.enter_microbatch(state.batch)
             self._ranks.see_forward(state, lambda: self._reader.count(state.batch))
             if self.selector.watches:
-                count, batch = self._reader.count(state.batch), state.batch
-                self.selector.see_forward(state, count, lambda: self._rows_in_minibatch(batch))
+                self.selector.see_forward(state, self._reader.count(state.batch))
         elif event is Event.BEFORE_LOSS:
             if self.selector.watches:
-                self.selector.see_loss(state)
+                self.selector.see_loss(state, lambda: self._rows_in_minibatch(state.batch))
             if self.selector.weighting is not None and self._rows.has_weights:
                 self.selector.weighting.before_loss(state)
         elif event is Event.AFTER_LOSS:

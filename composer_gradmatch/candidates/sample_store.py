@@ -84,7 +84,8 @@ class SampleStore:
             width (int): D.
             limit (float): In bytes.
         """
-        return max(1, min(width, int(limit / (2 * max(1, size)))))
+        fitting = limit / (2 * max(1, size))
+        return width if fitting >= width else max(1, int(fitting))
 
     def due(self, numbers: torch.Tensor, now: int, refresh: int) -> torch.Tensor:
         """Tells which samples are to be looked at: never seen, or last seen at least so long ago.

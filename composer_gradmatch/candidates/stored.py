@@ -339,13 +339,19 @@ class StoredLooks(Source):
         """Looks as a pass does: see :class:`.Source`."""
         return self.two_passes.rows_of(state, batch, num_samples)
 
-    def see_forward(self, state: State, numbers: torch.Tensor | None) -> None:
+    def see_forward(self, state: State) -> None:
         """Sees a microbatch before its forward pass: see :class:`.TrainingLooks`."""
-        self.training.before_forward(state, numbers)
+        self.training.before_forward(state)
 
-    def see_loss(self, state: State) -> None:
-        """Sees a microbatch before its loss: see :class:`.TrainingLooks`."""
-        self.training.before_loss(state, with_grads=self.layer is not None and not self._computes)
+    def see_loss(self, state: State, rows: torch.Tensor | None) -> None:
+        """Sees a microbatch before its loss.
+
+        Args:
+            state (State): The run's state.
+            rows (torch.Tensor, optional): Which samples of the minibatch it has; None if they are not as they were.
+        """
+        numbers = None if rows is None else self.numbers[rows]
+        self.training.before_loss(state, numbers, with_grads=self.layer is not None and not self._computes)
 
     def share(self, state: State) -> None:
         """Keeps what the step has shown, on all ranks alike.

@@ -35,7 +35,6 @@ class TrainingLooks:
     def clear(self) -> None:
         """Forgets a step."""
         self._close()
-        self._numbers: torch.Tensor | None = None
         self._inputs: torch.Tensor | None = None
         self._outputs: torch.Tensor | None = None
         self._seen: list[Seen] = []
@@ -45,31 +44,27 @@ class TrainingLooks:
             self._hook.remove()
         self._hook = None
 
-    def before_forward(self, state: State, numbers: torch.Tensor | None) -> None:
-        """Begins to watch a microbatch.
-
-        Args:
-            state (State): The run's state.
-            numbers (torch.Tensor, optional): Its samples' numbers; None if its rows are not what was picked any more.
-        """
+    def before_forward(self, state: State) -> None:
+        """Begins to watch a microbatch."""
         self._close()
-        self._numbers, self._inputs, self._outputs = numbers, None, None
-        if numbers is not None and self.layer is not None:
+        self._inputs = self._outputs = None
+        if self.layer is not None:
             self._hook = self.layer.of(state).register_forward_hook(self._see, with_kwargs=True)
 
     def _see(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._inputs, self._outputs = first_input(args, kwargs), output
 
-    def before_loss(self, state: State, with_grads: bool) -> None:
+    def before_loss(self, state: State, numbers: torch.Tensor | None, with_grads: bool) -> None:
         """Takes what the microbatch has shown.
 
         Args:
             state (State): After the forward pass.
+            numbers (torch.Tensor, optional): Its samples' numbers; None if its rows are not what was picked any more.
             with_grads (bool): Whether P is asked for.
         """
         self._close()
-        numbers, inputs, outputs = self._numbers, self._inputs, self._outputs
-        self.before_forward(state, None)
+        inputs, outputs = self._inputs, self._outputs
+        self._inputs = self._outputs = None
         if numbers is None or (self.layer is not None and inputs is None):
             return
         n, batch, grads = len(numbers), copy_batch(state.batch), None

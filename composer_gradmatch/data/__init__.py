@@ -10,6 +10,7 @@ from composer_gradmatch.data.mnist5k import mnist5k
 from composer_gradmatch.data.svhn import svhn
 from composer_gradmatch.data.synthetic import synthetic
 from composer_gradmatch.data.table import DATA_SETS, SHAPES
+from composer_gradmatch.data.validation import validation_part
 
 __all__ = [
     "DATA_SETS",
@@ -24,4 +25,5 @@ __all__ = [
     "mnist5k",
     "svhn",
     "synthetic",
+    "validation_part",
 ]

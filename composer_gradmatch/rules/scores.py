@@ -6,7 +6,7 @@ import torch
 
 from composer_gradmatch.rules.picks import Picks, WholeBatch
 
-__all__ = ["by_descending", "check_num_picks", "filled_up", "largest", "per_sample_norms"]
+__all__ = ["at_most", "by_descending", "check_num_picks", "filled_up", "largest", "per_sample_norms"]
 
 
 def check_num_picks(m: int, num_samples: int) -> None:
@@ -17,6 +17,19 @@ def check_num_picks(m: int, num_samples: int) -> None:
     """
     if not 1 <= m <= num_samples:
         raise ValueError(f"m must be between 1 and the number of samples, {num_samples}; got {m}.")
+
+
+def at_most(picks: torch.Tensor, m: int) -> torch.Tensor:
+    """Draws m of picks at random, with torch's generator, where there are more; else gives all of them.
+
+    Args:
+        picks (torch.Tensor): int64, shape (n,), on the CPU.
+        m (int): The most.
+
+    Returns:
+        torch.Tensor: int64, shape (min(n, m),).
+    """
+    return picks[torch.randperm(len(picks))[:m]] if len(picks) > m else picks
 
 
 def by_descending(scores: torch.Tensor) -> torch.Tensor:

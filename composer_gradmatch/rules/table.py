@@ -14,7 +14,9 @@ from composer_gradmatch.rules.facility_location import facility_location
 from composer_gradmatch.rules.gradient_matching import gradient_matching
 from composer_gradmatch.rules.grand import grand
 from composer_gradmatch.rules.importance import ImportanceSampling
+from composer_gradmatch.rules.infobatch import InfoBatch
 from composer_gradmatch.rules.k_dpp import k_dpp
+from composer_gradmatch.rules.kakurenbo import Kakurenbo
 from composer_gradmatch.rules.loss_percentiles import LossPercentiles
 from composer_gradmatch.rules.rank_based import RankBased
 from composer_gradmatch.rules.rule import Rule
@@ -38,6 +40,8 @@ RULES: dict[str, Rule] = {
         Rule(stratified, needs="nothing", color="#17becf"),
         Rule(top_loss, needs="losses", weighs=False, color="#e6194b"),
         Rule(RankBased, "rank_based", needs="losses", weighs=False, color="#ff7f7f"),
+        Rule(InfoBatch, "infobatch", needs="losses", color="#8b0000"),
+        Rule(Kakurenbo, "kakurenbo", needs="losses", weighs=False, color="#7fbf00"),
         Rule(el2n, weighs=False, color="#9a6324"),
         Rule(grand, weighs=False, color="#5c3c92"),
         Rule(Calibrated, "calibrated", color="#0000cd"),

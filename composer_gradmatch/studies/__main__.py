@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     options |= {name: list(dict.fromkeys(options[name])) for name in ("strategies", "keep")}
     try:
-        return run_study(config, Path(arguments.config).stem, **options)
+        command = f"python -m composer_gradmatch.studies {shlex.join(words)}"
+        return run_study(config, Path(arguments.config).stem, command=command, **options)
     except ConfigError as error:
         print(f"{arguments.config}: the study cannot be run:\n{error}", file=sys.stderr)
         return 2

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["add_metric", "add_rounds", "add_seeds", "factor", "fraction", "positive"]
+__all__ = [
+    "add_label_noise",
+    "add_metric",
+    "add_rounds",
+    "add_seeds",
+    "duration",
+    "epochs",
+    "factor",
+    "fraction",
+    "natural",
+    "positive",
+]
 
 
 def _number(kind: Callable[[str], Any], valid: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
@@ -22,7 +34,17 @@ def _number(kind: Callable[[str], Any], valid: Callable[[Any], bool], expected: 
     return parse
 
 
+def _seconds(text: str) -> float:
+    found = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s)?", text.strip().lower())
+    if found is None or not any(found.groups()):
+        raise ValueError(text)
+    return sum(float(part or 0) * unit for part, unit in zip(found.groups(), (3600, 60, 1), strict=True))
+
+
+duration = _number(_seconds, lambda value: value > 0, "a time such as 2h, 90m, 1h30m or 300s")
+natural = _number(int, lambda value: 0 <= value < 2**31, "a whole number from 0 to 2^31")
 positive = _number(int, lambda value: value > 0, "a positive integer")
+epochs = _number(int, lambda value: value >= 0, "a number of epochs, 0 or more")
 fraction = _number(float, lambda value: 0 < value < 1, "a fraction in (0, 1)")
 factor = _number(float, lambda value: 0 < value < float("inf"), "a positive number")
 _noise = _number(float, lambda value: 0 <= value <= 1, "a fraction in [0, 1]")
@@ -32,6 +54,11 @@ def add_seeds(parser: argparse.ArgumentParser) -> None:
     """Adds what studies with several runs have: their seeds, processes and label noise."""
     parser.add_argument("--seeds", type=positive, default=3, help="seeds 0 to N-1; default: 3")
     parser.add_argument("--jobs", type=positive, default=1, help="runs at a time, in processes; default: 1")
+    add_label_noise(parser)
+
+
+def add_label_noise(parser: argparse.ArgumentParser) -> None:
+    """Adds the share of noisy labels."""
     parser.add_argument(
         "--label-noise",
         type=_noise,

@@ -17,7 +17,7 @@ from pathlib import Path
 from composer_gradmatch.studies.provenance import provenance
 from composer_gradmatch.studies.store import Record, Run
 
-__all__ = ["run_all"]
+__all__ = ["Worker", "run_all", "workers"]
 
 #: Does a run: (rows, details).
 Task = Callable[[Run], tuple[list[dict], dict]]
@@ -70,6 +70,45 @@ def _gpus() -> list[str]:
     return [str(i) for i in range(torch.cuda.device_count())]
 
 
+class Worker:
+    """A process that does one run after the other: started for the first, and again after it died.
+
+    Args:
+        threads (int): CPU threads that it may use.
+        gpu (str, optional): The only GPU that it sees; None to leave that as it is.
+    """
+
+    def __init__(self, threads: int, gpu: str | None) -> None:
+        self._arguments = (threads, gpu)
+        self._executor: ProcessPoolExecutor | None = None
+
+    def do(self, task: Task, run: Run, logs: Path) -> Record:
+        """Does a run; what it prints goes into a file of its own in a folder, which must be there."""
+        log = logs / f"{run.key}.log"
+        begun = time.perf_counter()
+        if self._executor is None:
+            spawn = multiprocessing.get_context("spawn")
+            self._executor = ProcessPoolExecutor(1, spawn, _start_worker, self._arguments)
+        try:
+            return self._executor.submit(_work, task, run, log).result()
+        except BrokenProcessPool:
+            self._executor = None
+            error = f"The run's process died (out of memory, or killed). What it printed is in {log}."
+            return Record(run.kind, run.settings, run.config, [], error, provenance(), time.perf_counter() - begun)
+
+    def close(self) -> None:
+        """Ends the process, once it has done what it is doing."""
+        if self._executor is not None:
+            self._executor.shutdown(wait=False)
+
+
+def workers(jobs: int) -> list[Worker]:
+    """Gives so many workers, each with its share of the CPU cores and, in turn, one of the GPUs."""
+    gpus = _gpus()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return [Worker(max(1, cores // jobs), gpus[job % len(gpus)] if gpus else None) for job in range(jobs)]
+
+
 def run_all(task: Task, runs: Sequence[Run], jobs: int, logs: Path) -> Iterator[tuple[Run, Record]]:
     """Does runs in ``jobs`` processes, each with its share of the CPU cores and, in turn, one of the GPUs.
 
@@ -88,32 +127,14 @@ def run_all(task: Task, runs: Sequence[Run], jobs: int, logs: Path) -> Iterator[
     jobs = min(jobs, len(runs))
     if not jobs:
         return
-    gpus = _gpus()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = max(1, cores // jobs)
     local = threading.local()
-    started = iter(range(jobs))
-    executors: list[ProcessPoolExecutor] = []
-
-    def own_process() -> ProcessPoolExecutor:
-        if getattr(local, "executor", None) is None:
-            if not hasattr(local, "gpu"):
-                local.gpu = gpus[next(started) % len(gpus)] if gpus else None
-            local.executor = ProcessPoolExecutor(
-                1, multiprocessing.get_context("spawn"), _start_worker, (threads, local.gpu)
-            )
-            executors.append(local.executor)
-        return local.executor
+    idle = workers(jobs)
+    started = list(idle)
 
     def do(run: Run) -> Record:
-        log = logs / f"{run.key}.log"
-        begun = time.perf_counter()
-        try:
-            return own_process().submit(_work, task, run, log).result()
-        except BrokenProcessPool:
-            local.executor = None
-            error = f"The run's process died (out of memory, or killed). What it printed is in {log}."
-            return Record(run.kind, run.settings, run.config, [], error, provenance(), time.perf_counter() - begun)
+        if not hasattr(local, "worker"):
+            local.worker = idle.pop()
+        return local.worker.do(task, run, logs)
 
     waiting = ThreadPoolExecutor(jobs)
     try:
@@ -123,5 +144,5 @@ def run_all(task: Task, runs: Sequence[Run], jobs: int, logs: Path) -> Iterator[
     finally:
         # Stopped half-way, the runs that have not begun never will.
         waiting.shutdown(wait=False, cancel_futures=True)
-        for executor in executors:
-            executor.shutdown(wait=False)
+        for worker in started:
+            worker.close()

@@ -30,6 +30,7 @@ def run_study(
     keep: Sequence[float],
     retry_failed: bool = False,
     jobs: int = 1,
+    command: str = "",
     **options: Any,
 ) -> int:
     """Makes a study's missing runs and writes its report.
@@ -43,6 +44,7 @@ def run_study(
         keep (Sequence[float]): Fractions to keep.
         retry_failed (bool, optional): Whether runs that failed are made once more. Default: ``False``.
         jobs (int, optional): Runs at a time. Default: ``1``.
+        command (str, optional): How this was asked for, for the report. Default: ``""``.
         options: The study's own; see the command line.
 
     Returns:
@@ -58,8 +60,8 @@ def run_study(
     try:
         for run in plan.alone:
             _make(store, [run], 1, retry_failed)
-        _make(store, plan.runs, jobs, retry_failed)
-        summary = write_report(store, study, name)
+        _make(store, plan.runs if plan.adapt is None else plan.adapt(store, retry_failed), jobs, retry_failed)
+        summary = write_report(store, study, name, command)
         print(summary.read_text())
         print(f"Results, figures and logs of the runs are in {out}.")
         return 0 if any(not record.error for record in store.records(study)) else 1

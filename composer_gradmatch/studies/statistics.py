@@ -1,4 +1,4 @@
-"""Paired differences with 95 % intervals, and what they allow to say."""
+"""Paired differences with their intervals, and what they allow to say."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Difference:
 
     Attributes:
         mean (float): The mean over pairs.
-        low (float): Lower end of the 95 % interval; NaN if the pairs cannot give one.
+        low (float): Lower end of the interval, of 95 % unless told otherwise; NaN if the pairs cannot give one.
         high (float): Its upper end.
         pairs (int): How many.
     """
@@ -41,21 +41,27 @@ class Difference:
         return f"{mean} (no interval)" if np.isnan(self.low) else f"{mean} [{low}, {high}]"
 
 
-def compare_paired(differences: Sequence[float]) -> Difference:
-    """Gives the mean of paired differences with Student's 95 % interval.
+def compare_paired(differences: Sequence[float], level: float = 0.05, least_spread: float = 0.0) -> Difference:
+    """Gives the mean of paired differences with Student's interval.
 
-    A single pair, or pairs that all differ by the same amount, give no interval: there is no spread to judge by.
+    A single pair gives no interval, nor do pairs that all differ by the same amount, unless a least spread is given:
+    there is nothing to judge by.
 
     Args:
         differences (Sequence[float]): One for each pair (seed).
+        level (float, optional): The probability that the interval misses. Default: ``0.05``.
+        least_spread (float, optional): The least standard deviation to reckon with: what is measured in steps of one
+            test sample can be the same by its coarseness alone. Default: ``0.0``.
     """
     values = np.asarray(differences, dtype=float)
     if not len(values):
         return Difference(float("nan"), float("nan"), float("nan"), 0)
     mean = float(values.mean())
-    if len(values) < 2 or np.ptp(values) <= 1e-12 * max(1.0, abs(mean)):
+    same = len(values) < 2 or np.ptp(values) <= 1e-12 * max(1.0, abs(mean))
+    if len(values) < 2 or (same and not least_spread):
         return Difference(mean, float("nan"), float("nan"), len(values))
-    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+    spread = max(float(values.std(ddof=1)), least_spread)
+    half = float(stats.t.isf(level / 2, len(values) - 1)) * spread / len(values) ** 0.5
     return Difference(mean, mean - half, mean + half, len(values))
 
 
@@ -72,6 +78,8 @@ def compare_at_cost(
     cost: tuple[float, float, float],
     curve_costs: Sequence[float],
     curves: Sequence[Sequence[float]],
+    level: float = 0.05,
+    least_spread: float = 0.0,
 ) -> Difference:
     """Gives a strategy against a curve of accuracy over cost, read at the strategy's own cost.
 
@@ -84,6 +92,8 @@ def compare_at_cost(
         cost (tuple[float, float, float]): Its cost, and the lower and upper end of the cost's interval.
         curve_costs (Sequence[float]): Costs of the curve's points, shape (k,).
         curves (Sequence[Sequence[float]]): The curve's accuracies for the same seeds, shape (seeds, k).
+        level (float, optional): See :func:`compare_paired`. Default: ``0.05``.
+        least_spread (float, optional): See :func:`compare_paired`. Default: ``0.0``.
 
     Returns:
         Difference: No pairs if the strategy costs less than the curve's first point.
@@ -96,7 +106,8 @@ def compare_at_cost(
     def compare(at: float, logarithmic: bool) -> Difference:
         points, place = (np.log(x), np.log(at)) if logarithmic else (x, at)
         read = [float(np.interp(place, points, np.asarray(curve, dtype=float)[order])) for curve in curves]
-        return compare_paired([own - other for own, other in zip(accuracies, read, strict=True)])
+        differences = [own - other for own, other in zip(accuracies, read, strict=True)]
+        return compare_paired(differences, level, least_spread)
 
     central = compare(cost[0], False)
     every = [compare(at, logarithmic) for at in cost for logarithmic in (False, True)]

@@ -167,9 +167,13 @@ class Store:
 
         A damaged record is none: it is set aside, so that the run is made again.
         """
-        path = self.path(run)
-        record = self._load(path) if path.exists() else None
+        record = self.record(run)
         return record is not None and not (retry_failed and record.error)
+
+    def record(self, run: Run) -> Record | None:
+        """Gives a run's record; None if there is none, or it is damaged: then it is set aside."""
+        path = self.path(run)
+        return self._load(path) if path.exists() else None
 
     def records(self, kind: str) -> list[Record]:
         """Gives all records of a kind, in the order of their files' names; damaged ones are set aside."""

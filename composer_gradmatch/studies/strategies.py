@@ -64,6 +64,7 @@ STRATEGIES: dict[str, Strategy] = {
     strategy.name: strategy
     for strategy in (
         Strategy("gradmatch", "gradmatch", 2, "#0173b2", "o"),
+        Strategy("gradmatch_matched", "gradmatch", 2, "#002d5c", "H", {"weights": "matched"}),
         Strategy("loss", "loss_backprop", 2, "#de8f05", "s"),
         Strategy("random", "random_backprop", 0, "#029e73", "^"),
         Strategy("selective_backprop", "selective_backprop", 2, "#d55e00", "D"),

@@ -12,7 +12,7 @@ __all__ = ["training"]
 
 
 def training(run: Run) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Trains the run's config: one row, with the best and the last evaluation."""
+    """Trains the run's config: one row, with the best and the last evaluation; all of them are the details."""
     recorder = RunRecorder(run.options["metric"])
     trainer = build_trainer(run.config, recorder)
     try:
@@ -36,4 +36,4 @@ def training(run: Run) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         "training_seconds": time.total_wct.total_seconds(),
         "selection_seconds": recorder.selection_seconds,
     }
-    return [row], {"accuracies": recorder.values}
+    return [row], {"accuracies": recorder.values, "training_seconds": recorder.seconds}

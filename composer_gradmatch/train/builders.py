@@ -12,7 +12,7 @@ from composer.utils import dist
 from torch.utils.data import DataLoader, Dataset
 
 from composer_gradmatch.batches.sample_numbers import number_samples
-from composer_gradmatch.data import NoisyLabels
+from composer_gradmatch.data import NoisyLabels, validation_part
 from composer_gradmatch.train.config import ConfigError
 from composer_gradmatch.train.refusals import refusing
 from composer_gradmatch.train.registered_factories import with_loss
@@ -90,7 +90,8 @@ def build_loader(section: dict[str, Any], batch_size: int, where: str, numbered:
 
     Args:
         section (dict[str, Any]): Checked: name, dataset, shuffle, drop_last, label_noise (the arguments of
-            :class:`.NoisyLabels`) and the loader's own arguments.
+            :class:`.NoisyLabels`), validation (those of :func:`.validation_part`) and the loader's own arguments.
+            Label noise is that of the whole data set, whichever part is loaded, and never in a validation part.
         batch_size (int): Samples a batch on this rank.
         where (str): The section's key, for the error message.
         numbered (bool, optional): Whether samples get their numbers, which a strategy's ``refresh`` asks for.
@@ -99,12 +100,16 @@ def build_loader(section: dict[str, Any], batch_size: int, where: str, numbered:
     Raises:
         ConfigError: If the data cannot be loaded, or there would be no batch.
     """
-    options = {key: value for key, value in section.items() if key not in ("name", "dataset", "label_noise")}
+    own = ("name", "dataset", "label_noise", "validation")
+    options = {key: value for key, value in section.items() if key not in own}
     shuffle, drop_last = options.pop("shuffle", False), options.pop("drop_last", False)
     with _refusing(where):
         dataset: Dataset = resolve("data set", section["name"])(**(section.get("dataset") or {}))
-        if section.get("label_noise") is not None:
+        split = section.get("validation")
+        if section.get("label_noise") is not None and (split or {}).get("part") != "validation":
             dataset = NoisyLabels(dataset, **section["label_noise"])
+        if split is not None:
+            dataset = validation_part(dataset, **split)
         if numbered:
             dataset = number_samples(dataset)
             options["collate_fn"] = dataset.collate_fn

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from composer_gradmatch.data import NoisyLabels
+from composer_gradmatch.data import NoisyLabels, validation_part
 from composer_gradmatch.train.config import ConfigError, argument_problems, matches, nearest, show_type
 from composer_gradmatch.train.registered_factories import loss_named, takes_loss
 from composer_gradmatch.train.registry import TABLES, names_of, resolve
@@ -21,6 +21,7 @@ _LOADER_TYPES = {
     "persistent_workers": bool,
     "timeout": float,
     "label_noise": dict | None,
+    "validation": dict | None,
 }
 
 
@@ -90,6 +91,8 @@ def check_loader(where: str, section: Any) -> list[str]:
             problems.append(f"{where}.{key}: expected {show_type(_LOADER_TYPES[key])}, got {value!r}.")
         elif key == "label_noise" and value is not None:
             problems += argument_problems(f"{where}.label_noise", NoisyLabels, value, supplied=("dataset",))
+        elif key == "validation" and value is not None:
+            problems += argument_problems(f"{where}.validation", validation_part, value, supplied=("dataset",))
     problems += _ruled(where, section, LOADER_RULES, problems)
     if not problems and not section.get("num_workers"):
         problems = [

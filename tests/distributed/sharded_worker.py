@@ -8,8 +8,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from cases import CONV, make_trainer, record_selections
+from cases import CONV, On, make_trainer, record_selections
 from composer import DataSpec
+from composer.core import Event
 from composer.trainer import trainer as composer_trainer
 from composer.utils import dist, get_device
 from torch.distributed.device_mesh import init_device_mesh
@@ -17,6 +18,28 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from composer_gradmatch import GradMatch, LossBackprop, select_first
+
+
+class Numbered(list):
+    """Batches of a data set of 48 samples."""
+
+    dataset = range(48)
+
+
+def stored_looks(model, rank):
+    """How many samples each step looks at, where the ranks' batches have other numbers of samples that are due."""
+    inputs, targets = CONV.data(12, seed=rank).tensors
+    own = torch.arange(12) + 24 * rank
+    numbers = [own, own, own + 12 if rank else own, own]
+    batches = Numbered((inputs, targets, each) for each in numbers)
+    algorithm = GradMatch(start=0.0, end=1.0, keep=0.5, interrupt=0, refresh="9ba", sample_id_key=2)
+    looked = On(Event.BATCH_START, lambda state: counts.append(algorithm.selector.store._looked_at))
+    counts = []
+    spec = DataSpec(batches, get_num_samples_in_batch=lambda batch: len(batch[0]))
+    arguments = {"algorithm_passes": [select_first], "max_duration": "4ba", "device_train_microbatch_size": 12}
+    make_trainer(model, spec, [algorithm, looked], **arguments).fit()
+    return {"looked": counts, "store": algorithm.selector.store.store.state_dict()}
+
 
 if __name__ == "__main__":
     folder, algorithm_name = Path(sys.argv[1]), sys.argv[2]
@@ -48,13 +71,17 @@ if __name__ == "__main__":
     ).fit()
     for _, selection in seen:
         picks = (batch, selection.indices, selection.weights)
+    saved = {
+        "parameters": [
+            p.full_tensor().detach() if isinstance(p, DTensor) else p.detach() for p in model.module.parameters()
+        ]
+    }
     torch.save(
         {
+            **saved,
             **dict(zip(("batch", "indices", "weights"), picks, strict=True)),
             "whole": [algorithm.batches_trained_whole for algorithm in algorithms],
-            "parameters": [
-                p.full_tensor().detach() if isinstance(p, DTensor) else p.detach() for p in model.module.parameters()
-            ],
+            "stored": stored_looks(model, rank) if microbatch_size < 12 else None,
         },
         folder / f"rank{rank}.pt",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pandas as pd
 import pytest
 import torch
 from cases import CONV
@@ -50,6 +51,35 @@ def test_ranks_that_see_other_samples_decide_alike_whether_to_look(folder):
     one, other = (torch.load(folder / f"decided{rank}.pt") for rank in range(2))
     assert one == other
     assert len({step["is_on"] for step in one}) == 2, "it should have been on and off"
+
+
+def test_all_ranks_store_what_each_has_seen_as_one_process_would(folder):
+    one, other = (torch.load(folder / f"store{rank}.pt") for rank in range(2))
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], equal_nan=True, rtol=0, atol=0)
+    module, (inputs, targets) = CONV.model().module, CONV.data(48).tensors
+    with torch.no_grad():
+        torch.testing.assert_close(one["inputs"], module[:-1](inputs).half(), rtol=1e-2, atol=1e-3)
+        losses = torch.nn.functional.cross_entropy(module(inputs), targets, reduction="none")
+    torch.testing.assert_close(one["losses"], losses, rtol=1e-2, atol=1e-3)
+    assert one["margins"].isfinite().all()
+    assert set(one["stamps"].tolist()) <= {0, 1, 2}
+
+
+def test_the_log_of_who_was_picked_is_of_both_ranks(folder):
+    trained = [torch.load(folder / f"trained{rank}.pt") for rank in range(2)]
+    inputs = CONV.data(25).tensors[0][:, 0, 0, 0]
+    for epoch in range(2):
+        log = pd.read_parquet(folder / "selection_log" / f"ep{epoch + 1}.parquet")
+        assert log["visits"].sum() == 26
+        assert sorted(log["visits"])[-2:] == [1, 2]
+        steps = [(values, weights) for rank in trained for at, values, weights in rank if at == epoch]
+        values, weights = (torch.cat(parts) for parts in zip(*steps, strict=True))
+        for number, value in enumerate(inputs):
+            own = weights[values == value]
+            assert log["picked"][number] == len(own)
+            assert not len(own) or log["mean_weight"][number] == pytest.approx(float(own.mean()), rel=1e-5)
 
 
 @pytest.mark.slow

@@ -59,3 +59,9 @@ def test_picks_that_make_unequal_numbers_of_microbatches_are_filled_up(tmp_path,
     steps, gradient = steps_over_gradients(ranks)
     for step in steps:
         assert (step + full_step * gradient).norm() <= 1e-4 * step.norm()
+    # Looks are forward passes of both ranks, also where but one has samples that are due.
+    one, other = (rank["stored"] for rank in ranks)
+    assert one["looked"] == [12, 0, 1, 0]
+    assert other["looked"] == [12, 0, 12, 0]
+    for name in one["store"]:
+        torch.testing.assert_close(one["store"][name], other["store"][name], equal_nan=True, rtol=0, atol=0)

@@ -15,8 +15,9 @@ from composer.core import Event
 from composer.utils import dist, get_device
 from launching import save_step
 from selecting import factory
+from torch.utils.data import DataLoader
 
-from composer_gradmatch import ImportanceBackprop, select_first
+from composer_gradmatch import GradMatch, ImportanceBackprop, SelectionLog, number_samples, select_first
 
 
 def make_step(folder, name, microbatch_size, shorter):
@@ -54,8 +55,38 @@ def decide(folder):
     torch.save(decided, folder / f"decided{dist.get_global_rank()}.pt")
 
 
+def store(folder):
+    """What is stored after some epochs, in which samples move between the ranks; nothing is learned."""
+    algorithm = GradMatch(start=0.0, end=1.0, keep=0.2, interrupt=0, refresh="2ep", suspects={"after": "9ep"})
+    data = number_samples(CONV.data(48))
+    sampler = dist.get_sampler(data, shuffle=True)
+    train = DataLoader(data, 12, sampler=sampler, collate_fn=data.collate_fn)
+    make_trainer(CONV.model(), train, [algorithm], algorithm_passes=[select_first], max_duration="3ep", lr=0.0).fit()
+    torch.save(algorithm.selector.store.store.state_dict(), folder / f"store{dist.get_global_rank()}.pt")
+
+
+def log_picks(folder):
+    """The log of two epochs, and what each rank has trained on: the first input of each sample, and its weight."""
+    dataset, trained = number_samples(CONV.data(25)), []  # One sample is there twice, to fill the ranks up.
+    algorithm = GradMatch(start=0.0, end=1.0, keep=0.5, interrupt=2, refresh="1ep")
+
+    def note(state):
+        picks, n = algorithm.last_selection, len(state.batch[0])
+        weights = torch.ones(n) if picks is None or n >= 5 else picks.weights
+        trained.append((int(state.timestamp.epoch), state.batch[0][:, 0, 0, 0], weights))
+
+    train = DataLoader(dataset, 5, sampler=dist.get_sampler(dataset, shuffle=True), collate_fn=dataset.collate_fn)
+    log = SelectionLog(str(folder / "selection_log"))
+    make_trainer(
+        CONV.model(), train, [algorithm, On(Event.BEFORE_TRAIN_BATCH, note)], max_duration="2ep", callbacks=[log]
+    ).fit()
+    torch.save(trained, folder / f"trained{dist.get_global_rank()}.pt")
+
+
 if __name__ == "__main__":
     dist.initialize_dist(get_device("cpu"))
     for number, case in enumerate(json.loads(sys.argv[2])):
         make_step(Path(sys.argv[1]) / str(number), *case)
     decide(Path(sys.argv[1]))
+    store(Path(sys.argv[1]))
+    log_picks(Path(sys.argv[1]))

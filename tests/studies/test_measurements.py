@@ -90,7 +90,8 @@ def test_gradient_errors_are_those_of_explicit_gradients():
 
 def test_the_first_epoch_of_a_minibatch_as_large_as_the_data_has_no_error():
     whole = config("global_train_batch_size=1437")
-    (run,) = plan_gradient_error(whole, ["random"], [0.5], seeds=1, minibatches=2, mode="train", checkpoint="").runs
+    options = {"minibatches": 2, "mode": "train", "checkpoint": "", "against": ["data"]}
+    (run,) = plan_gradient_error(whole, ["random"], [0.5], seeds=1, **options).runs
     rows, details = gradient_error(run)
     assert details == {"samples": 1437}
     assert [row["strategy"] for row in rows] == ["full", "random"] * 2
@@ -102,7 +103,7 @@ def test_gradient_errors_at_a_checkpoint(tmp_path):
     from composer_gradmatch.train import train
 
     trained = train(config(f"save_folder={tmp_path}", "algorithms.gradmatch=false", "max_duration=5ep"))
-    options = {"minibatches": 1, "mode": "eval"}
+    options = {"minibatches": 1, "mode": "eval", "against": ["data"]}
     at = {}
     for checkpoint in ("", str(tmp_path / "latest-rank0.pt")):
         (run,) = plan_gradient_error(config(), ["random"], [0.1], seeds=1, checkpoint=checkpoint, **options).runs

@@ -101,8 +101,8 @@ def test_gradient_errors_are_better_when_smaller(store):
                 for kind in kinds:
                     row |= {f"{kind}squared_error": error, f"{kind}relative_error": error / 2, f"{kind}cosine": 0.5}
                 rows.append(row)
-        settings = {"seed": seed, "label_noise": 0.0, "variants": "all", "minibatches": 4}
-        add(store, "gradient-error", {**settings, "mode": "train", "checkpoint": ""}, *rows)
+        settings = {"seed": seed, "label_noise": 0.0, "variants": "all", "minibatches": 4, "mode": "train"}
+        add(store, "gradient-error", {**settings, "against": "data", "after": 0, "checkpoint": ""}, *rows)
     text = write_report(store, "gradient-error", "made up").read_text()
     assert line(text, "| gradmatch | 0.1 | 0.5").endswith("| 0.50 | 100% | better |")
     assert line(text, "| loss | 0.1 | 3.").endswith("| 3.00 | 0% | worse |")

@@ -113,6 +113,8 @@ def test_different_settings_have_different_files():
         (["accuracy", "configs/none.yaml"], "There is no config file"),
         (["accuracy", CIFAR], "train_loader: The data set is not at data/cifar-10-batches-py"),
         (["gradient-error", DIGITS, "--checkpoint", "none.pt"], "--checkpoint: there is no file none.pt"),
+        (["gradient-error", DIGITS, "--after", "0", "40"], "--after: 40 epochs are more than max_duration=30ep"),
+        (["gradient-error", CIFAR, "--against", "minibatch"], "GiB, and at most 4 are used"),
         (["step-time", MINILM], "Composer's SelectiveBackprop takes no HuggingFace model"),
         (["accuracy", MINILM, "--strategies", "selective_backprop"], "Leave selective_backprop out"),
         (["step-time", MINILM, "--synthetic"], "texts are timed with their data"),
@@ -130,6 +132,7 @@ def test_what_cannot_be_run_is_told_before_any_work(arguments, expected, tmp_pat
         (["accuracy", DIGITS, "--strategies", "gradmach"], "did you mean 'gradmatch'"),
         (["accuracy", DIGITS, "--keep", "1.5"], "a fraction in (0, 1), got '1.5'"),
         (["accuracy", DIGITS, "--label-noise", "10"], "a fraction in [0, 1], got '10'"),
+        (["gradient-error", DIGITS, "--after", "-1"], "a number of epochs, 0 or more, got '-1'"),
         (["accuracy", DIGITS, "--seeds", "0"], "a positive integer, got '0'"),
     ],
 )

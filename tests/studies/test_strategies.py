@@ -48,11 +48,12 @@ def papers_rules(monkeypatch):
 
 
 def test_the_papers_strategies():
-    names = ["gradmatch", "loss", "random", "selective_backprop", "gradmatch_reuse", "loss_reuse", "full"]
-    assert list(STRATEGIES) == list(all_strategies())[:7] == names
+    pairs = ["gradmatch_reuse", "loss_reuse"]
+    names = ["gradmatch", "gradmatch_matched", "loss", "random", "selective_backprop", *pairs, "full"]
+    assert list(STRATEGIES) == list(all_strategies())[:8] == names
     costs = {name: STRATEGIES[name].cost(0.3) for name in names}
-    two_passes = dict.fromkeys(("gradmatch", "loss", "selective_backprop"), 0.6333333)
-    one_pass = dict.fromkeys(("gradmatch_reuse", "loss_reuse"), 0.5333333)
+    two_passes = dict.fromkeys(("gradmatch", "gradmatch_matched", "loss", "selective_backprop"), 0.6333333)
+    one_pass = dict.fromkeys(pairs, 0.5333333)
     assert costs == pytest.approx({**two_passes, **one_pass, "random": 0.3, "full": 1.0})
 
 
@@ -68,8 +69,8 @@ def test_each_strategy_has_a_colour_and_a_marker_of_its_own(papers_rules, monkey
     for number in range(5):
         monkeypatch.setitem(RULES, f"rule{number}", Rule(largest, f"rule{number}", needs="losses"))
     strategies = all_strategies().values()
-    assert len(strategies) == 17
-    assert len({(strategy.color, strategy.marker) for strategy in strategies}) == 17
+    assert len(strategies) == 18
+    assert len({(strategy.color, strategy.marker) for strategy in strategies}) == 18
     first = list(strategies)[:14]
     assert len({strategy.color for strategy in first}) == len({strategy.marker for strategy in first}) == 14
     assert all(to_hex(strategy.color) == strategy.color for strategy in strategies)
@@ -79,7 +80,7 @@ def test_a_rule_is_a_strategy_by_its_own_name(papers_rules, monkeypatch):
     monkeypatch.setitem(RULES, "top", Rule(largest, "top", needs="losses", color="#ff00ff", marker="d"))
     monkeypatch.setitem(RULES, "blind", Rule(lambda candidates, m: (range(m), None), "blind", needs="nothing"))
     found = all_strategies()
-    assert list(found)[7:] == ["blind", "top", "top_reuse"]
+    assert list(found)[8:] == ["blind", "top", "top_reuse"]
     assert (found["top"].color, found["top"].marker, found["top"].algorithm) == ("#ff00ff", "d", "top")
     assert [found[name].passes for name in ("blind", "top", "top_reuse")] == [0, 2, 1]
     assert found["top_reuse"].arguments == {"reuse_activations": True}
@@ -87,6 +88,12 @@ def test_a_rule_is_a_strategy_by_its_own_name(papers_rules, monkeypatch):
     monkeypatch.setitem(RULES, "zzz", Rule(largest, "zzz"))
     again = all_strategies()
     assert {name: (again[name].color, again[name].marker) for name in found} == alone
+
+
+def test_matched_weights_are_a_strategy_of_the_same_algorithm():
+    base = load_config(DIGITS, ["algorithms.gradmatch={weights: normalized, ridge: 0.1}"])
+    own = strategy_entry(base, "gradmatch_matched", 0.3)["gradmatch"]
+    assert (own["weights"], own["ridge"], own["keep"]) == ("matched", 0.1, 0.3)
 
 
 def test_a_rule_cannot_take_a_strategys_name(monkeypatch):

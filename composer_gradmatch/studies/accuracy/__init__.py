@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from composer_gradmatch.studies.options import add_metric, add_rounds, add_seeds
+from composer_gradmatch.studies.options import add_metric, add_rounds, add_seeds, fraction
 from composer_gradmatch.studies.study import Study
 
 __all__ = ["STUDY"]
@@ -17,6 +17,18 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         choices=("fixed", "scaled"),
         default="fixed",
         help="forward M samples whatever is kept, or M/keep; default: fixed",
+    )
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="choose each strategy's learning rate at each keep first, by successive halving on a validation part",
+    )
+    parser.add_argument(
+        "--validation",
+        type=fraction,
+        default=0.1,
+        metavar="FRACTION",
+        help="with --tune, the part of the training set that learning rates are chosen on; default: 0.1",
     )
     add_metric(parser)
     add_rounds(parser)

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from composer_gradmatch.studies.accuracy.figures import draw_accuracy, draw_accuracy_over_cost
+from composer_gradmatch.studies.accuracy.times import time_lines
 from composer_gradmatch.studies.statistics import Difference, compare_at_cost, compare_paired, what_seeds_can_tell
 from composer_gradmatch.studies.store import Store
 from composer_gradmatch.studies.strategies import strategy_named
@@ -102,8 +103,10 @@ def report_accuracy(store: Store, name: str) -> list[str]:
         "the full batch is compared with the full batch.",
         "",
     ]
+    lines += time_lines(store, title)
     if costs:
         lines += _cost_table(data, costs)
+    lines += _rate_table(store, data)
     draw_accuracy(data, store.folder / "accuracy", title)
     priced = data.assign(
         cost=[costs.get((s, k), (float("nan"),))[0] for s, k in zip(data["strategy"], data["keep"], strict=True)]
@@ -126,6 +129,28 @@ def _cheaper_random(data: Table, cell: tuple[str, float], costs: Costs) -> str:
         return ""
     cost, (_, keep) = min(cheaper)
     return f" Random at keep {keep:g} was at least as accurate in the last epoch on average, for {cost:.0%} of it."
+
+
+def _rate_table(store: Store, data: Table) -> list[str]:
+    """Says which learning rates were chosen, and by what effort, if they were."""
+    if "rate" not in data:
+        return []
+    effort: dict[tuple[str, float], list[float]] = {}
+    for record in store.records("tuning"):
+        effort.setdefault((record.settings["strategy"], record.settings["keep"]), []).append(record.seconds)
+    rows = []
+    for cell in cell_order(data):
+        own = data[(data["strategy"] == cell[0]) & (data["keep"] == cell[1])]
+        seconds = effort.get(cell, [])
+        rows.append([cell[0], f"{cell[1]:g}", f"{own['rate'].iloc[0]:g}", len(seconds), f"{sum(seconds):.0f} s"])
+    return [
+        "## Learning rates",
+        "",
+        "Chosen for each strategy and keep by successive halving over seeds, on a validation part of the training set, "
+        "with the same effort for each.",
+        "",
+        *markdown(["strategy", "keep", "lr", "runs", "time"], rows),
+    ]
 
 
 def _cost_table(data: Table, costs: Costs) -> list[str]:

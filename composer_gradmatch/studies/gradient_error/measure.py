@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from composer_gradmatch.forward.traceless import no_trace
 from composer_gradmatch.last_layer import observe_output_layer, resolve_output_layer
+from composer_gradmatch.studies.gradient_error.weights import trained
 from composer_gradmatch.studies.interleave import Interleaved, Variant, fit_interleaved
 from composer_gradmatch.studies.store import Run
 from composer_gradmatch.studies.strategies import selecting_entry
@@ -138,14 +140,20 @@ def _errors(prefix: str, estimate: torch.Tensor, exact: torch.Tensor) -> dict[st
 
 def gradient_error(run: Run) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Compares the run's variants: a row for each of them on each minibatch."""
-    config, options = run.config, run.options
+    config, options, settings = run.config, run.options, run.settings
     size = config["global_train_batch_size"]
     variants = [Variant.build(config, strategy, keep, size) for strategy, keep in options["variants"]]
     own = (selecting_entry(config) or ("", {}))[1].get("output_layer")
-    errors = GradientErrors(variants, config, options["minibatches"], run.settings["mode"], own)
-    config = {**config, "train_loader": {**config["train_loader"], "drop_last": False, "shuffle": True}}
-    config["optimizer"] = {"name": "sgd"}
-    if run.settings["checkpoint"]:
-        config |= {"load_path": run.settings["checkpoint"], "load_weights_only": True}
-    fit_interleaved(config, errors, size, 10**9)
+    errors = GradientErrors(variants, config, options["minibatches"], settings["mode"], own)
+    with TemporaryDirectory() as folder:
+        checkpoint = settings["checkpoint"]
+        if settings["after"]:
+            trainer = trained(config, settings["after"], checkpoint)
+            checkpoint = trainer.save_checkpoint(f"{folder}/trained.pt", weights_only=True)
+            trainer.close()
+        config = {**config, "train_loader": {**config["train_loader"], "drop_last": False, "shuffle": True}}
+        config["optimizer"] = {"name": "sgd"}
+        if checkpoint:
+            config |= {"load_path": checkpoint, "load_weights_only": True}
+        fit_interleaved(config, errors, size, 10**9)
     return errors.rows, {"samples": errors.samples}

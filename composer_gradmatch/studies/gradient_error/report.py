@@ -5,24 +5,42 @@ from __future__ import annotations
 import pandas as pd
 
 from composer_gradmatch.studies.gradient_error.figure import draw_gradient_errors
+from composer_gradmatch.studies.gradient_error.parts_figure import draw_error_parts
+from composer_gradmatch.studies.gradient_error.parts_report import moment, report_parts
 from composer_gradmatch.studies.statistics import compare_paired, what_seeds_can_tell
 from composer_gradmatch.studies.store import Store
-from composer_gradmatch.studies.tables import cell_order, conditions, frame, markdown
+from composer_gradmatch.studies.tables import Table, cell_order, conditions, frame, markdown
 
 __all__ = ["report_gradient_error"]
 
 
 def report_gradient_error(store: Store, name: str) -> list[str]:
-    """Draws Figure 3 and returns the summary's lines."""
+    """Draws the figures and returns the summary's lines."""
     data = frame(store.records("gradient-error"))
     lines = [f"# Gradient-error study of {name}", "", *conditions(store, "gradient-error"), ""]
     if data.empty:
         return [*lines, "No run succeeded: there is nothing to compare."]
+    of_steps, of_parts = (data[data["against"] == kind] for kind in ("data", "minibatch"))
+    for after, steps in of_steps.groupby("after"):
+        lines += _report_steps(steps, int(after), store, name)
+    if len(of_parts):
+        lines += report_parts(of_parts)
+        draw_error_parts(of_parts, store.folder / "error_parts", name)
+    missing = sorted({*of_steps["strategy"]} - {*of_parts["strategy"], "full"})
+    if missing and len(of_parts):
+        lines += [f"Of {', '.join(missing)} only training steps were compared: see --against.", ""]
+    return lines
+
+
+def _report_steps(data: Table, after: int, store: Store, name: str) -> list[str]:
+    """Draws Figure 3 and tells of the distance to the full data's gradient, after some epochs."""
     first = data.iloc[0]
     weights = f"the checkpoint {first['checkpoint']}" if first["checkpoint"] else "random initialisation"
+    if after:
+        weights = f"the weights {moment(after)} of the full batch from {weights}"
     mode = "training" if first["mode"] == "train" else "evaluation"
     where = f"at {weights}, model in {mode} mode, {data['seed'].nunique()} seeds of {first['minibatches']} minibatches"
-    lines += [
+    lines = [
         f"Squared L2 distance of the gradient a strategy trains with (weights applied) to the full data's, {where}. "
         "*Relative* errors are divided by the full-data gradient's squared norm. All strategies see the same "
         "minibatches; *full* is the whole minibatch. In training mode BatchNorm normalises by the samples at hand, so "
@@ -62,13 +80,14 @@ def report_gradient_error(store: Store, name: str) -> list[str]:
         )
     head = ["strategy", "keep", "mean squared error", "median", "mean relative error", "mean cosine"]
     head += ["error / random's", "minibatches below random", "verdict against random"]
-    lines += ["## Error of the whole gradient", "", *markdown(head, rows)]
+    when = f", {moment(after)}" if after else ""
+    lines += [f"## Error of the whole gradient{when}", "", *markdown(head, rows)]
     seeds = int(data["seed"].nunique())
     lines += what_seeds_can_tell(seeds, differences, "mean relative error")
     lines += [
         "The verdict is about the mean relative error of each seed (lower is better), paired by seed.",
         "",
-        "## How good the last layer is as a proxy",
+        f"## How good the last layer is as a proxy{when}",
         "",
         "Errors of the last layer's part of the gradient, to the full data's and to the minibatch's own (which is what "
         "selection matches), beside the whole gradient's to the minibatch's own; and the rank correlation over "
@@ -77,5 +96,6 @@ def report_gradient_error(store: Store, name: str) -> list[str]:
     ]
     head = ["strategy", "keep", "last layer: relative error", "last layer: cosine", "last layer: to the minibatch's"]
     lines += markdown([*head, "all parameters: to the minibatch's", "rank correlation"], proxies)
-    draw_gradient_errors(data, store.folder / "gradient_error", f"{name}, {where}")
+    figure = f"gradient_error_after_{after}ep" if after else "gradient_error"
+    draw_gradient_errors(data, store.folder / figure, f"{name}, {where}")
     return lines

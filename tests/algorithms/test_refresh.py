@@ -1,0 +1,333 @@
+"""Stored looks in a Trainer: when it looks, what comes from the store, and who is left out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import BATCHNORM, CONV, MLP, ON, On, make_trainer
+from composer import Event
+from composer.algorithms import MixUp
+from composer.loggers import InMemoryLogger
+from composer.models import ComposerClassifier
+from composer.utils import dist
+from oracles import classifier_gradients
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from composer_gradmatch import (
+    GradMatch,
+    ImportanceBackprop,
+    LossBackprop,
+    RandomBackprop,
+    number_samples,
+    select_first,
+)
+
+N, BATCH = 60, 20
+
+
+def trainer_of(algorithm, *, model=None, data=None, numbered=True, others=(), batch_size=BATCH, **kwargs):
+    model = MLP.model() if model is None else model
+    data = MLP.data(N) if data is None else data
+    collate = {}
+    if numbered:
+        data = number_samples(data)
+        collate = {"collate_fn": data.collate_fn}
+    train = DataLoader(data, batch_size, sampler=dist.get_sampler(data, shuffle=True), **collate)
+    arguments = {"max_duration": "3ep", "algorithm_passes": [select_first], "seed": 5, **kwargs}
+    return make_trainer(model, train, [algorithm, *others], **arguments)
+
+
+def fitted(algorithm, **kwargs):
+    logger = InMemoryLogger()
+    trainer = trainer_of(algorithm, loggers=[logger], **kwargs)
+    trainer.fit()
+    trainer.close()
+    name = algorithm.log_name
+    metrics = {
+        key.removeprefix(f"{name}/"): [v for _, v in values] for key, values in logger.data.items() if name in key
+    }
+    return trainer.state.model.state_dict(), metrics
+
+
+def assert_equal(ones, others):
+    for key in ones:
+        assert torch.equal(ones[key], others[key]), key
+
+
+@pytest.mark.parametrize("case", [MLP, BATCHNORM], ids=lambda case: case.name)
+@pytest.mark.parametrize("make", [GradMatch, LossBackprop])
+def test_a_refresh_of_an_epoch_trains_as_looks_in_each_step_do(make, case):
+    runs = [
+        fitted(make(**ON, keep=0.3, **refresh), model=case.model(), data=case.data(N), numbered=bool(refresh))
+        for refresh in ({}, {"refresh": "1ep"})
+    ]
+    assert_equal(runs[0][0], runs[1][0])
+    assert runs[1][1]["fraction_looked_at"] == [1.0] * 9
+
+
+@pytest.mark.parametrize("make", [GradMatch, LossBackprop, ImportanceBackprop])
+def test_it_looks_at_what_is_due_and_counts_its_cost(make):
+    algorithm = make(**ON, keep=0.3, refresh="3ep")
+    calls = []
+    model = MLP.model()
+    model.module.register_forward_hook(lambda module, inputs, _: calls.append(len(inputs[0])))
+    _, metrics = fitted(algorithm, model=model, max_duration="6ep")
+    looked = metrics["fraction_looked_at"]
+    assert looked[:9] == [1.0] * 3 + [0.0] * 6
+    # Those that were trained on since were looked at then.
+    assert all(0 < each < 0.8 for each in looked[9:12])
+    for share, kept, cost in zip(looked, metrics["fraction_kept"], metrics["estimated_cost"], strict=True):
+        assert cost == pytest.approx(share / 3 + kept)
+    store = algorithm.selector.store.store
+    assert (store.stamps >= 3).all()
+
+
+def test_what_comes_from_the_store_is_what_the_current_output_layer_makes_of_stored_inputs():
+    model, data = MLP.model(), MLP.data(N)
+    algorithm = GradMatch(**ON, keep=0.3, refresh="9ep")
+    seen = []
+
+    def note(state):
+        store = algorithm.selector.store
+        if int(state.timestamp.batch) >= 3:
+            seen.append((store.numbers.clone(), store.store.inputs[store.numbers].float(), model.module[-1]))
+            weight, bias = model.module[-1].weight.detach(), model.module[-1].bias.detach()
+            logits = (seen[-1][1] @ weight.T + bias).requires_grad_()
+            targets = data.tensors[1][store.numbers]
+            losses = F.cross_entropy(logits, targets, reduction="none")
+            (grads,) = torch.autograd.grad(losses.sum(), logits)
+            expected.append((losses.detach(), grads))
+
+    expected, found = [], []
+    look = algorithm.selector.source.look
+    algorithm.selector.source.look = lambda state, n: found.append(look(state, n)) or found[-1]
+    trainer_of(algorithm, model=model, data=data, others=[On(Event.BATCH_START, note)]).fit()
+    assert len(expected) == 6
+    for (losses, grads), candidates in zip(expected, found[3:], strict=True):
+        torch.testing.assert_close(candidates.losses, losses)
+        torch.testing.assert_close(candidates.output_grads, grads)
+
+
+def test_a_training_step_counts_as_a_look_at_its_picks():
+    """The rows of H that are stored are those of the step's own forward pass, at the weights of that step."""
+    model, data = MLP.model(), MLP.data(N)
+    algorithm = GradMatch(**ON, keep=0.3, refresh="9ep")
+    expected = {}
+
+    def note(state):
+        picks = algorithm.selector.store.numbers[algorithm.last_selection.indices]
+        with torch.no_grad():
+            rows = model.module[:-1](data.tensors[0][picks])
+        expected.update(zip(picks.tolist(), rows, strict=True))
+
+    others = [On(Event.BATCH_START, note)]
+    trainer_of(algorithm, model=model, data=data, others=others, device_train_microbatch_size=4).fit()
+    store = algorithm.selector.store.store
+    assert len(expected) > 20
+    for number, row in expected.items():
+        torch.testing.assert_close(store.inputs[number].float(), row, rtol=2e-3, atol=2e-3)
+
+
+def test_inputs_that_another_algorithm_mixes_are_no_look_at_their_samples():
+    algorithm = RandomBackprop(**ON, keep=0.5, refresh="1000ba", suspects=True)
+    model = CONV.model()
+    trainer_of(algorithm, model=model, data=CONV.data(N), others=[MixUp(alpha=0.2)], max_duration="6ba").fit()
+    assert (algorithm.selector.store.store.stamps <= 2).all()
+
+
+class OwnLoss(ComposerClassifier):
+    """Its loss takes something else than its output layer's output."""
+
+    def loss(self, outputs, batch, reduction="mean"):
+        return F.cross_entropy(outputs * 2, batch[1], reduction=reduction)
+
+    def forward(self, batch):
+        return super().forward(batch) + batch[0][:, :5]
+
+
+def test_where_the_loss_takes_something_else_what_was_seen_is_kept():
+    torch.manual_seed(0)
+    model = OwnLoss(nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 5)), num_classes=5)
+    algorithm = GradMatch(**ON, keep=0.3, refresh="9ep", output_layer="module.2")
+    fitted(algorithm, model=model)
+    store = algorithm.selector.store.store
+    assert store.keeps_grads
+    assert store.output_grads.abs().sum(1).gt(0).all()
+    with pytest.raises(ValueError, match="suspects are told by"):
+        fitted(GradMatch(**ON, refresh="9ep", output_layer="module.2", suspects=True), model=model)
+
+
+def noisy(n=200, wrong=20):
+    """Separable data, of which the first labels are wrong."""
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.arange(n) % 5
+    inputs = 3 * F.one_hot(targets, 12).float() + 0.3 * torch.randn(n, 12, generator=generator)
+    targets[:wrong] = (targets[:wrong] + 1) % 5
+    return TensorDataset(inputs, targets)
+
+
+@pytest.mark.parametrize("make", [GradMatch, LossBackprop, RandomBackprop, ImportanceBackprop])
+def test_wrong_labels_are_suspected_and_left_out(make):
+    algorithm = make(**ON, keep=0.3, refresh="3ep", suspects={"after": "3ep", "margin": 0.3})
+    picked = []
+    note = On(
+        Event.BATCH_START,
+        lambda s: (
+            int(s.timestamp.epoch) >= 4
+            and picked.append((algorithm.selector.store.numbers[algorithm.last_selection.indices], s.batch[1]))
+        ),
+    )
+    data = noisy()
+    _, metrics = fitted(algorithm, data=data, others=[note], max_duration="8ep", lr=0.3, batch_size=40)
+    suspected = set(algorithm.selector.store.suspected().tolist())
+    assert len(suspected & set(range(20))) >= 15
+    assert len(suspected - set(range(20))) <= 3
+    assert metrics["suspects"][0] == 0
+    assert max(metrics["suspects"]) > 0
+    numbers = torch.cat([each for each, _ in picked])
+    assert (numbers < 20).float().mean() < 0.02
+    for each, targets in picked:
+        assert torch.equal(targets, data.tensors[1][each])
+
+
+def test_suspects_are_left_out_of_the_mean_gradient_too():
+    algorithm = GradMatch(**ON, keep=0.25, refresh="1ep", suspects={"after": "0ep", "margin": 0.05})
+    model, data = MLP.model(), MLP.data(N)
+    trainer_of(algorithm, model=model, data=data, max_duration="1ba", lr=0.0).fit()
+    store, module = algorithm.selector.store, model.module
+    probabilities = module(data.tensors[0]).softmax(1).detach()
+    own = probabilities.gather(1, data.tensors[1][:, None])[:, 0]
+    margins = probabilities.scatter(1, data.tensors[1][:, None], -1).amax(1) - own
+    left = store.numbers[margins[store.numbers] <= 0.05]
+    picks = store.numbers[algorithm.last_selection.indices]
+    assert 5 <= len(left) < BATCH
+    assert set(picks.tolist()) <= set(left.tolist())
+    gradients = torch.from_numpy(classifier_gradients(module, MLP.layer, *data.tensors))
+    mean = gradients[left].mean(0)
+    step = (algorithm.last_selection.weights[:, None] * gradients[picks]).mean(0)
+    residual = float((step - mean).square().sum() / mean.square().sum())
+    assert float(algorithm.last_selection.metrics["matching_residual"]) == pytest.approx(residual, rel=1e-4)
+
+
+def test_keep_one_trains_on_all_but_the_suspects():
+    algorithm = RandomBackprop(start=0.0, end=1.0, interrupt=0, keep=1.0, refresh="3ep", suspects={"after": "3ep"})
+    _, metrics = fitted(algorithm, data=noisy(), max_duration="6ep", lr=0.3, batch_size=40)
+    for kept, left_out in zip(metrics["fraction_kept"], metrics["suspects"], strict=True):
+        assert kept == pytest.approx(1 - left_out / 40)
+    assert max(metrics["suspects"]) > 0
+
+
+def test_a_minibatch_with_too_few_left_is_trained_whole():
+    algorithm = GradMatch(**ON, keep=0.6, refresh="5ep", suspects={"after": "1ep", "margin": -0.99})
+    fitted(algorithm)
+    assert algorithm.batches_trained_whole == 6
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"suspects": {"after": "1ep", "margin": 0.0}}, {"store_limit": 60 * 2 * 4 / 2**30}],
+    ids=["plain", "suspects", "projected"],
+)
+@pytest.mark.parametrize("make", [GradMatch, LossBackprop])
+def test_a_run_resumed_in_mid_epoch_is_the_uninterrupted_one(make, arguments, tmp_path):
+    if make is LossBackprop and "store_limit" in arguments:
+        return
+
+    def run(**kwargs):
+        return fitted(make(**ON, keep=0.3, refresh="2ep", **arguments), max_duration="4ep", run_name="r", **kwargs)
+
+    whole, _ = run()
+    run(save_folder=str(tmp_path), save_interval="1ba")
+    resumed, _ = run(load_path=str(next(tmp_path.glob("ep1-ba5-*.pt"))))
+    assert_equal(whole, resumed)
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path):
+    fitted(GradMatch(**ON, refresh="2ep"), save_folder=str(tmp_path), max_duration="1ep")
+    with pytest.raises(ValueError, match="store of 60 samples, but the training data have 80"):
+        fitted(GradMatch(**ON, refresh="2ep"), data=MLP.data(80), load_path=str(next(tmp_path.glob("ep1-*.pt"))))
+
+
+def test_a_store_that_is_too_large_for_a_checkpoint_says_so(monkeypatch):
+    monkeypatch.setattr("composer_gradmatch.candidates.stored.CHECKPOINT_LIMIT", 100)
+    algorithm = GradMatch(**ON, refresh="2ep")
+    with pytest.warns(UserWarning, match=r"bytes of each of 60 samples.*looks at all samples again"):
+        fitted(algorithm)
+    assert algorithm.state_dict()["store"] == {}
+
+
+def test_numbers_are_gone_before_others_see_the_batch_also_where_nothing_is_selected():
+    lengths = []
+    note = On(Event.BATCH_START, lambda state: lengths.append(len(state.batch)))
+    fitted(GradMatch(start=0.5, end=1.0, keep=0.3, interrupt=2, refresh="2ep", clock="batch"), others=[note])
+    assert lengths == [2] * 9
+
+
+def test_a_second_fit_on_other_data_begins_a_new_store():
+    algorithm = GradMatch(**ON, keep=0.3, refresh="5ep")
+    trainer = trainer_of(algorithm)
+    trainer.fit()
+    data = number_samples(MLP.data(40))
+    loader = DataLoader(data, BATCH, collate_fn=data.collate_fn)
+    with pytest.warns(UserWarning, match="not those of the last fit"):
+        trainer.fit(train_dataloader=loader, duration="1ep")
+    assert algorithm.selector.store.store.size == 40
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_few_rows_of_a_look_are_filled_up_for_batch_normalisation(device):
+    algorithm = GradMatch(**ON, keep=0.1, refresh="2ep", store_device=device)
+    _, metrics = fitted(algorithm, model=BATCHNORM.model(), data=BATCHNORM.data(80), batch_size=40, max_duration="6ep")
+    assert set(metrics["fraction_looked_at"]) <= {0.0, *[n / 40 for n in range(32, 41)]}
+    assert 0.8 in metrics["fraction_looked_at"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"refresh": "soon"}, "a time such as '5ep'"),
+        ({"refresh": "0ep"}, "whole number of epochs"),
+        ({"refresh": "9tok"}, "whole number of epochs"),
+        ({"suspects": True}, "give refresh, too"),
+        ({"sample_id_key": "id"}, "give refresh, too"),
+        ({"refresh": "2ep", "store_device": "disk"}, "store_device"),
+        ({"refresh": "2ep", "store_limit": 0}, "store_limit"),
+        ({"refresh": "2ep", "reuse_activations": True}, "leave one of them out"),
+    ],
+)
+def test_what_a_store_cannot_do_is_refused(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        GradMatch(**arguments)
+
+
+def test_random_picks_need_no_store_but_for_suspects():
+    with pytest.raises(ValueError, match="with suspects only"):
+        RandomBackprop(refresh="2ep")
+
+
+def test_data_without_numbers_are_refused_before_the_first_batch():
+    with pytest.raises(ValueError, match="number_samples"):
+        fitted(GradMatch(**ON, refresh="2ep"), numbered=False)
+
+
+def test_layers_at_positions_are_refused_and_losses_are_not():
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 5)
+
+        def forward(self, inputs):
+            return self.head(inputs.view(-1, 3, 4)).transpose(1, 2)
+
+    def model():
+        torch.manual_seed(0)
+        return ComposerClassifier(Tagger(), num_classes=5, loss_fn=F.cross_entropy)
+
+    data = TensorDataset(torch.randn(N, 12), torch.randint(5, (N, 3)))
+    arguments = {"model": model(), "data": data, "max_duration": "4ba"}
+    with pytest.raises(ValueError, match="runs at positions"):
+        fitted(GradMatch(**ON, keep=0.3, refresh="2ep"), **arguments)
+    _, metrics = fitted(LossBackprop(**ON, keep=0.3, refresh="2ep"), **arguments)
+    assert metrics["fraction_looked_at"] == [1, 1, 1, 0]
