@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from composer_gradmatch.rules.picks import Picks
 
 __all__ = ["StepQuality", "gradient_noise", "step_error"]
 
+Array = TypeVar("Array", np.ndarray, torch.Tensor)
+
 #: What a step's numbers count in their running averages.
 _NEW = 0.1
 
 
-def gradient_noise(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def gradient_noise(gram: Array) -> tuple[Any, Any]:
     """Estimates the squared norm of the data's mean gradient and the trace of its samples' covariance, both unbiased.
 
     For samples that are drawn independently, products of different samples' gradients have the mean ‖G‖², and their
@@ -22,10 +26,11 @@ def gradient_noise(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     a number of samples: minibatches that are much larger average over what is already known.
 
     Args:
-        gram (torch.Tensor): K of last-layer gradients, shape (M, M), M > 1. So it is the last layer's noise.
+        gram (np.ndarray | torch.Tensor): K of last-layer gradients, shape (M, M), M > 1. So it is the last layer's
+            noise.
 
     Returns:
-        tuple[torch.Tensor, torch.Tensor]: ‖G‖², which may come out negative where noise prevails, and tr Σ.
+        tuple: ‖G‖², which may come out negative where noise prevails, and tr Σ; scalars of the same kind.
     """
     m = len(gram)
     trace = gram.diagonal().sum()
@@ -33,25 +38,27 @@ def gradient_noise(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return squared_norm, trace / m - squared_norm
 
 
-def step_error(gram: torch.Tensor, picks: Picks) -> tuple[torch.Tensor, torch.Tensor]:
+def step_error(gram: Array, indices: Array, weights: Array | None) -> tuple[Any, Any]:
     """Compares the weighted mean gradient of picks with that of the minibatch, in the last layer.
 
     Args:
-        gram (torch.Tensor): K, shape (M, M).
-        picks (Picks): n picks.
+        gram (np.ndarray | torch.Tensor): K, shape (M, M).
+        indices (np.ndarray | torch.Tensor): The picks, shape (n,).
+        weights (np.ndarray | torch.Tensor, optional): Their weights, shape (n,); None for ones.
 
     Returns:
-        tuple[torch.Tensor, torch.Tensor]: The step length ⟨(1/n)Σwᵢgᵢ, ḡ⟩/‖ḡ‖², which is 1 for a step as long as the
-        minibatch's, and the squared error ‖(1/n)Σwᵢgᵢ − ḡ‖².
+        tuple: The step length ⟨(1/n)Σwᵢgᵢ, ḡ⟩/‖ḡ‖², which is 1 for a step as long as the minibatch's, and the squared
+        error ‖(1/n)Σwᵢgᵢ − ḡ‖²; scalars of the same kind.
     """
-    indices = picks.indices.to(gram.device)
     n = len(indices)
-    target = gram.mean(1)
-    share = gram.new_full((n,), 1 / n) if picks.weights is None else picks.weights.to(gram) / n
-    rows = gram.index_select(0, indices)
-    product, squared_norm = share @ target.index_select(0, indices), target.mean()
-    error = share @ rows.index_select(1, indices) @ share - 2 * product + squared_norm
-    return product / squared_norm, error.clamp(min=0)
+    target, rows = gram.mean(1), gram[indices][:, indices]
+    if weights is None:
+        product, square = target[indices].mean(), rows.mean()
+    else:
+        share = weights / n
+        product, square = share @ target[indices], share @ rows @ share
+    squared_norm = target.mean()
+    return product / squared_norm, (square - 2 * product + squared_norm).clip(0)
 
 
 class StepQuality:
@@ -67,18 +74,18 @@ class StepQuality:
     def reset(self) -> None:
         """Forgets another run."""
         #: ‖G‖², tr Σ, the picks' squared error, and the mean one of as many random picks.
-        self._averages: torch.Tensor | None = None
+        self._averages: Any = None
 
     def state_dict(self) -> dict[str, Any]:
         """Tells what a checkpoint keeps."""
-        return {} if self._averages is None else {"averages": self._averages.tolist()}
+        return {} if self._averages is None else {"averages": [float(each) for each in self._averages]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned."""
-        self._averages = torch.tensor(state["averages"], dtype=torch.float64) if state else None
+        self._averages = state["averages"] if state else None
 
     @torch.no_grad()
-    def see(self, gram: torch.Tensor, picks: Picks) -> dict[str, torch.Tensor]:
+    def see(self, gram: torch.Tensor, picks: Picks) -> dict[str, float | torch.Tensor]:
         """Takes in a step, without waiting for a device.
 
         Args:
@@ -86,22 +93,37 @@ class StepQuality:
             picks (Picks): Fewer than M of them.
 
         Returns:
-            dict[str, torch.Tensor]: Scalars. ``step_length``, of this step. Averages: ``gradient_noise_scale``, a
+            dict[str, float | torch.Tensor]: ``step_length``, of this step. Averages: ``gradient_noise_scale``, a
             number of samples (NaN as long as ‖G‖² cannot be told from zero), and ``relative_error``, r: the picks'
             squared error relative to that of as many random ones. All are the last layer's.
         """
         m, n = len(gram), len(picks.indices)
-        length, error = step_error(gram, picks)
-        squared_norm, trace = gradient_noise(gram)
-        # A random subset's expected squared error: sampling without replacement.
-        now = torch.stack([squared_norm, trace, error, trace * (1 / n - 1 / m)])
-        if self._averages is None:
-            self._averages = torch.zeros_like(now)
-        old = self._averages = self._averages.to(now.device)
-        self._averages = torch.where(now.isfinite().all(), (1 - _NEW) * old + _NEW * now, old)
-        norm, noise, of_picks, of_random = self._averages.unbind()
+        indices, weights = picks.indices.to(gram.device), picks.weights
+        weights = None if weights is None else weights.to(gram)
+        if gram.device.type != "cpu":
+            length, error = step_error(gram, indices, weights)
+            squared_norm, trace = gradient_noise(gram)
+            # A random subset's expected squared error: sampling without replacement.
+            now = torch.stack([squared_norm, trace, error, trace * (1 / n - 1 / m)])
+            old = torch.zeros_like(now) if self._averages is None else torch.as_tensor(self._averages).to(now)
+            averages = torch.where(now.isfinite().all(), (1 - _NEW) * old + _NEW * now, old)
+            self._averages = averages
+            norm, noise, of_picks, of_random = averages.unbind()
+            scale: Any = torch.where(norm > 0, noise / norm, torch.nan)
+            return {"step_length": length, "gradient_noise_scale": scale, "relative_error": of_picks / of_random}
+        # As arrays: of so few numbers, what torch's operators cost is the calls.
+        with np.errstate(all="ignore"):
+            array = gram.numpy()
+            length, error = step_error(array, indices.numpy(), None if weights is None else weights.numpy())
+            squared_norm, trace = gradient_noise(array)
+            seen = [float(each) for each in (squared_norm, trace, error, trace * (1 / n - 1 / m))]
+        known = [0.0] * 4 if self._averages is None else [float(each) for each in self._averages]
+        if all(map(math.isfinite, seen)):
+            known = [(1 - _NEW) * old + _NEW * new for old, new in zip(known, seen, strict=True)]
+        self._averages = known
+        norm, noise, of_picks, of_random = known
         return {
-            "step_length": length,
-            "gradient_noise_scale": torch.where(norm > 0, noise / norm, torch.nan),
-            "relative_error": of_picks / of_random,
+            "step_length": float(length),
+            "gradient_noise_scale": noise / norm if norm > 0 else math.nan,
+            "relative_error": of_picks / of_random if of_random else math.nan,
         }

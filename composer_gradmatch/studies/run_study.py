@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ from composer_gradmatch.studies.pool import run_all
 from composer_gradmatch.studies.registry import STUDIES
 from composer_gradmatch.studies.report import write_report
 from composer_gradmatch.studies.store import Run, Store
-from composer_gradmatch.studies.tasks import do_run
+from composer_gradmatch.studies.tasks import for_workers
 from composer_gradmatch.train import check_config
-from composer_gradmatch.train.register_files import loaded_files
 
 __all__ = ["run_study"]
 
@@ -77,8 +75,7 @@ def _make(store: Store, runs: Sequence[Run], jobs: int, retry_failed: bool) -> N
     missing = [run for run in runs if not store.has(run, retry_failed)]
     label = {"total": len(runs), "initial": len(runs) - len(missing), "desc": study.name}
     with tqdm(**label, unit="run", dynamic_ncols=True) as bar:
-        task = partial(do_run, study.task, files=loaded_files())
-        for run, record in run_all(task, missing, jobs, store.folder / "logs"):
+        for run, record in run_all(for_workers(study.task), missing, jobs, store.folder / "logs"):
             store.save(run, record)
             if record.error:
                 bar.write(f"{run.key} failed: {record.error}")

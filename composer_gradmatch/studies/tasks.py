@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -12,7 +13,16 @@ from composer_gradmatch.train.config import ConfigError
 from composer_gradmatch.train.register_files import load_files, loaded_files
 from composer_gradmatch.train.trainer import expect_small_batches
 
-__all__ = ["do_run"]
+__all__ = ["do_run", "for_workers"]
+
+
+def for_workers(task: str) -> partial[tuple[list[dict[str, Any]], dict[str, Any]]]:
+    """Makes of a study's task what a worker process is sent: a function of a run, which loads users' files first.
+
+    Args:
+        task (str): See :class:`.Study`.
+    """
+    return partial(do_run, task, files=loaded_files())
 
 
 def do_run(task: str, run: Run, files: Mapping[Path, str] | None = None) -> tuple[list[dict[str, Any]], dict[str, Any]]:

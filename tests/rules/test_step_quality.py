@@ -29,7 +29,7 @@ def test_length_and_error_of_a_step_are_those_of_its_gradients(n, seed, weighted
     indices = torch.randperm(12, generator=generator)[:n]
     weights = torch.rand(n, generator=generator).double() if weighted else None
     step = (g[indices] * (1 if weights is None else weights[:, None])).mean(0)
-    length, error = step_error(g @ g.T, Picks(indices, weights))
+    length, error = step_error(g @ g.T, indices, weights)
     assert float(length) == pytest.approx(float(step @ g.mean(0) / g.mean(0).square().sum()))
     assert float(error) == pytest.approx(float((step - g.mean(0)).square().sum()), abs=1e-9)
 
@@ -86,7 +86,7 @@ def test_matched_weights_make_a_step_of_the_right_length_where_normalised_ones_m
     lengths = {}
     for kind in ("normalized", "matched"):
         picks = gradient_matching(Candidates(40, gram=gram), 4, weights=kind)
-        lengths[kind], error = step_error(gram, picks)
+        lengths[kind], error = step_error(gram, picks.indices, picks.weights)
         assert float(picks.metrics["matching_residual"]) == pytest.approx(float(error / gram.mean()))
     assert float(lengths["matched"]) == pytest.approx(1, abs=0.02)
     assert float(lengths["normalized"]) > 5

@@ -251,7 +251,7 @@ def test_a_strategys_rule_has_the_configs_options_and_its_own():
 
 
 def test_importance_sampling_is_drawn_from_where_it_looks():
-    base = config("algorithms={importance_backprop: {score: loss}}")
+    base = config("algorithms.gradmatch=false", "algorithms.importance_backprop={score: loss}")
     variant = Draws.build(base, "importance_backprop", 0.25, 16)
     gradients = normal(torch.Generator().manual_seed(0), 16, 12)  # Of like norms, so that looking would not pay.
     candidates = Candidates(16, losses=torch.arange(16.0) + 1, gram=gradients @ gradients.T)
@@ -295,7 +295,8 @@ def test_a_study_at_the_start_and_after_an_epoch(store):
 
 
 def test_an_epoch_of_a_longer_training_is_made_at_its_own_learning_rates():
-    trainer = trained(config(), 1)
+    base = {**config(), "loggers": {}}
+    trainer = trained(base, 1)
     trainer.close()
     (group,) = trainer.state.optimizers[0].param_groups
     assert (int(trainer.state.timestamp.epoch), int(trainer.state.timestamp.batch)) == (1, 11)
@@ -303,7 +304,7 @@ def test_an_epoch_of_a_longer_training_is_made_at_its_own_learning_rates():
     assert group["lr"] == pytest.approx(0.025, rel=0.15)
     assert trainer.state.algorithms == []
     with pytest.raises(ValueError, match="training was over after 2 epochs"):
-        trained(config(), 3)
+        trained(base, 3)
 
 
 @pytest.mark.parametrize(

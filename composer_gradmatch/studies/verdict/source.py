@@ -6,11 +6,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 
 from composer_gradmatch.studies.pool import workers
 from composer_gradmatch.studies.store import Record, Run, Store
-from composer_gradmatch.studies.tasks import do_run
+from composer_gradmatch.studies.tasks import for_workers
 from composer_gradmatch.studies.verdict.trial import Outcome, Source, Trial
 
 __all__ = ["make_in_worker", "outcome_of", "stored"]
@@ -59,7 +58,7 @@ def make_in_worker(store: Store) -> Iterator[Callable[[Run, str], Record]]:
 
     def make(run: Run, task: str) -> Record:
         begun = time.perf_counter()
-        record = worker.do(partial(do_run, task), run, logs)
+        record = worker.do(for_workers(task), run, logs)
         return replace(record, seconds=time.perf_counter() - begun)
 
     try:
