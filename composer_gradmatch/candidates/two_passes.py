@@ -9,6 +9,7 @@ import torch
 from composer.core import State
 from torch import nn
 
+from composer_gradmatch.candidates.gauge import Gauge
 from composer_gradmatch.candidates.source import Source
 from composer_gradmatch.candidates.watched_layer import WatchedLayer
 from composer_gradmatch.forward.ranks import unwrap
@@ -71,12 +72,19 @@ class TwoPasses(Source):
 
     Args:
         selection_pass (SelectionPass): Makes it.
-        layer (WatchedLayer, optional): The output layer; None for the samples' losses alone. Default: ``None``.
+        layer (WatchedLayer, optional): The output layer; None for the samples' losses alone, beside which gradients
+            are measured now and then. Default: ``None``.
     """
 
     def __init__(self, selection_pass: SelectionPass, layer: WatchedLayer | None = None) -> None:
         super().__init__(selection_pass.reader)
         self.selection_pass, self.layer = selection_pass, layer
+        self._gauge = Gauge(selection_pass) if layer is None else None
+
+    def reset_fit(self, state: State) -> None:
+        """Forgets what belongs to one ``fit``: see :class:`.Source`."""
+        if self._gauge is not None:
+            self._gauge.reset_fit()
 
     @property
     def passes(self) -> Passes:
@@ -85,7 +93,7 @@ class TwoPasses(Source):
 
     def look(self, state: State, num_samples: int) -> Candidates:
         """Looks at the samples' losses and, with an output layer, at their last-layer gradients: :class:`.Source`."""
-        watched = self.layer
+        watched = self.layer if self._gauge is None else self._gauge.of_this_look(state)
         if watched is None:
             return self._look_at_losses(state, num_samples)
         layer = watched.of(state)
@@ -94,7 +102,11 @@ class TwoPasses(Source):
                 state, num_samples, lambda batch, n: self._gradients(state, watched, batch, n, num_samples)
             )
         losses, labels = joined([losses for _, losses in parts]), self.labels_of(state.batch, num_samples)
-        return candidates_of(num_samples, losses, [gradients for gradients, _ in parts], layer, labels)
+        candidates = candidates_of(num_samples, losses, [gradients for gradients, _ in parts], layer, labels)
+        if self._gauge is not None:
+            # The rule sees losses, and only what they are decides whether it can.
+            candidates.look_at_losses_only()
+        return candidates
 
     @torch.no_grad()
     def _look_at_losses(self, state: State, num_samples: int) -> Candidates:

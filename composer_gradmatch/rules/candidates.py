@@ -161,6 +161,11 @@ class Candidates:
         some_of.rows = rows
         return some_of
 
+    def look_at_losses_only(self) -> None:
+        """Lets :attr:`finite` be of the losses, for a rule that asks for no more."""
+        losses = self.losses
+        self._finite = lambda: bool(losses.isfinite().all())
+
     @property
     def has_gram(self) -> bool:
         """Whether K is there, or costs little: over many positions of each sample it is computed if a rule asks."""

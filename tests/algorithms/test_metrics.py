@@ -24,7 +24,10 @@ def test_metrics_are_logged_each_selection_step(algorithm_class):
     expected = {"fraction_kept", "effective_sample_size", "largest_weight", "selection_time", "estimated_cost"}
     assert set(values) >= expected
     assert ("matching_residual" in values) or algorithm_class is not GradMatch
-    assert all(len(v) == 3 for v in values.values())
+    of_gradients = {"step_length", "gradient_noise_scale", "relative_error"}  # Of losses' looks, in each tenth.
+    assert all(
+        len(v) == 3 for key, v in values.items() if algorithm.rule.needs == "gradients" or key not in of_gradients
+    )
     assert all(0 < share <= 0.3 for share in values["fraction_kept"])
     passes = 1 / 3 if algorithm.rule.passes() else 0
     for cost, share in zip(values["estimated_cost"], values["fraction_kept"], strict=True):

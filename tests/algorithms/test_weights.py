@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import MLP, ON, fit, loader, make_trainer
+from cases import MLP, ON, On, fit, loader, make_trainer
+from composer import Event
 from composer.loggers import InMemoryLogger
+from composer.models import ComposerClassifier
 from oracles import brute_force_omp, classifier_gradients, weighted_gradient
 from selecting import factory
+from torch import nn
 from torch.utils.data import TensorDataset
 
-from composer_gradmatch import GradMatch, select_first, select_using_gradient_matching
+from composer_gradmatch import GradMatch, LossBackprop, select_first, select_using_gradient_matching
 from composer_gradmatch.rules.cost import break_even
 from composer_gradmatch.rules.table import RULES
 
@@ -109,3 +112,36 @@ def test_what_looks_at_gradients_logs_what_its_steps_are_worth(name):
     shares, costs = (logger.data[f"{name}/{key}"] for key in ("fraction_kept", "estimated_cost"))
     for (_, share), (_, cost), (_, found) in zip(shares, costs, logger.data[f"{name}/break_even_error"], strict=True):
         assert found == pytest.approx(break_even(cost, share))
+
+
+def test_what_looks_at_losses_says_now_and_then_how_long_its_steps_are():
+    logger, picked = InMemoryLogger(), []
+    algorithm = LossBackprop(**ON, keep=0.3)
+    model, data = MLP.model(), MLP.data(60)
+    note = On(Event.BATCH_START, lambda state: picked.append((algorithm.last_selection.indices, state.batch)))
+    fit([algorithm, note], model, data, loggers=[logger], max_duration="4ep", lr=0.0)
+    lengths = logger.data["loss_backprop/step_length"]
+    assert [int(at.batch) for at, _ in lengths] == [0, 10]
+    gradients = torch.from_numpy(classifier_gradients(model.module, MLP.layer, *data.tensors))
+    indices, _ = picked[0]
+    mean = gradients[:20].mean(0)
+    assert lengths[0][1] == pytest.approx(float(gradients[:20][indices].mean(0) @ mean / (mean @ mean)), rel=1e-4)
+    assert "loss_backprop/relative_error" in logger.data
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_without_an_output_layer_to_find_trains_by_its_losses_all_the_same(compiled):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5, 12) / 4)
+
+        def forward(self, inputs):
+            return inputs @ self.weight.T
+
+    model = ComposerClassifier(Own(), num_classes=5)
+    logger = InMemoryLogger()
+    compile_config = {"compile_config": {"backend": "eager"}} if compiled else {}
+    fit([LossBackprop(**ON, keep=0.3)], model, loggers=[logger], **compile_config)
+    assert "loss_backprop/fraction_kept" in logger.data
+    assert "loss_backprop/step_length" not in logger.data
