@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from composer.core import Precision
-from torch import nn
 
 from composer_gradmatch.algorithms.rule_backprop import RuleBackprop
 from composer_gradmatch.algorithms.schedule import Clock
@@ -55,7 +54,6 @@ class LossBackprop(RuleBackprop):
         input_key: Any = 0,
         target_key: Any = 1,
         *,
-        output_layer: str | nn.Module | None = None,
         loss_fn: LossFn | None = None,
         beta: float | None = None,
         history: int = 0,
@@ -79,7 +77,6 @@ class LossBackprop(RuleBackprop):
             interrupt,
             input_key,
             target_key,
-            output_layer=output_layer,
             loss_fn=loss_fn,
             selection_microbatch_size=selection_microbatch_size,
             selection_precision=selection_precision,

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from torch import nn
-
 from composer_gradmatch.algorithms.rule_backprop import RuleBackprop
 from composer_gradmatch.algorithms.schedule import Clock
 from composer_gradmatch.forward.losses import LossFn
@@ -45,7 +43,6 @@ class RandomBackprop(RuleBackprop):
         target_key: Any = 1,
         clock: Clock = "duration",
         *,
-        output_layer: str | nn.Module | None = None,
         loss_fn: LossFn | None = None,
         refresh: str | None = None,
         sample_id_key: Any = None,
@@ -62,7 +59,6 @@ class RandomBackprop(RuleBackprop):
             input_key=input_key,
             target_key=target_key,
             clock=clock,
-            output_layer=output_layer,
             loss_fn=loss_fn,
             refresh=refresh,
             sample_id_key=sample_id_key,

@@ -16,7 +16,7 @@ __all__ = ["Gauge"]
 
 log = logging.getLogger(__name__)
 
-#: Each look of this number shows the gradients, too, beginning with the first after the rehearsal.
+#: Each look of this number shows the gradients, too.
 _EVERY = 10
 
 
@@ -47,12 +47,14 @@ class Gauge:
             state (State): The run's state.
         """
         looks, self._looks = self._looks, self._looks + 1
-        if looks == 0:
+        if self._given_up or looks == 0 or looks % _EVERY:
+            return None
+        if looks == _EVERY:
             self._given_up = not self._can_measure(state)
-        return None if self._given_up or looks % _EVERY != 1 else self.layer
+        return None if self._given_up else self.layer
 
     def _can_measure(self, state: State) -> bool:
-        """Tells, by some samples of the first batch, whether each has one row of gradients that can be found."""
+        """Tells, by some samples of the batch, whether each has one row of gradients that can be found."""
         model = unwrap(state.model)
         if needs_all_ranks(model) or uncompiled(model.forward) is not None:
             return False

@@ -84,17 +84,17 @@ def match_mean_gradient(
         ValueError: If the Gram matrix is not finite, or what a function as ``solver`` returns is out of range.
     """
     with span("matching"):
-        # As arrays: of so few numbers, what torch's operators cost is the calls.
-        rows = gram.detach().cpu().numpy()
-        target = rows.mean(1)
-        indices, weights = gram_omp(rows, target, num_picks, solver=solver, ridge=ridge, tolerance=tolerance)
+        gram = gram.cpu()
+        target = gram.mean(1)
+        indices, weights = gram_omp(gram, target, num_picks, solver=solver, ridge=ridge, tolerance=tolerance)
     positive = weights > 0
     indices, weights = indices[positive], weights[positive]
     if not len(indices):
         return None
     weights = normalize_weights(weights) if kind == "normalized" else weights * len(weights)
-    residual = matching_residual(rows, target, indices, weights)
-    return Match(torch.from_numpy(indices), torch.from_numpy(weights), torch.tensor(residual))
+    # As arrays: of so few numbers, what torch's operators cost is the calls.
+    arrays = (each.detach().numpy() for each in (gram, target, indices, weights))
+    return Match(indices, weights, torch.tensor(matching_residual(*arrays)))
 
 
 def match_on_device(

@@ -95,7 +95,10 @@ STRATEGIES: dict[str, Strategy] = {
     )
 }
 #: For strategies without a colour of their own: the rest of "colorblind", and darker ones.
-_MORE_COLORS = ("#56b4e9", "#949494", "#fbafe4", "#ece133", "#882255", "#332288", "#117733", "#999933")
+_MORE_COLORS = (
+    *("#56b4e9", "#949494", "#fbafe4", "#ece133", "#882255", "#332288", "#117733", "#999933"),
+    *("#a6cee3", "#b2df8a", "#fdbf6f", "#cab2d6", "#e31a1c", "#1f78b4", "#33a02c", "#543005", "#003c30", "#c51b7d"),
+)
 _MORE_MARKERS = ("<", ">", "p", "h", "d", "*", "8")  # One fewer, so that pairs differ for long.
 #: What makes the selection pass another one than the training step's.
 _OWN_PASS = ("scale_factor", "selection_microbatch_size", "selection_precision")
