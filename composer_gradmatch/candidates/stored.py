@@ -19,6 +19,7 @@ from composer_gradmatch.candidates.two_passes import TwoPasses
 from composer_gradmatch.forward.batch_norm import fewest_in_a_microbatch
 from composer_gradmatch.forward.ranks import largest_on_all_ranks, needs_all_ranks, unwrap
 from composer_gradmatch.forward.sample_checks import Rows
+from composer_gradmatch.last_layer.gradients import all_finite
 from composer_gradmatch.rules.candidates import Candidates
 from composer_gradmatch.rules.cost import FORWARD_SHARE, Passes
 
@@ -209,10 +210,14 @@ class StoredLooks(Source):
         else:
             assert store.output_grads is not None
             grads = device.tensor_to_device(store.output_grads[at])
-        finite = bool(losses.isfinite().all() & grads.isfinite().all())
-        bias = layer.bias is not None
         return Candidates(
-            len(numbers), losses=losses, inputs=inputs, output_grads=grads, labels=labels, bias=bias, finite=finite
+            len(numbers),
+            losses=losses,
+            inputs=inputs,
+            output_grads=grads,
+            labels=labels,
+            bias=layer.bias is not None,
+            finite=lambda: bool(all_finite(losses, grads)),
         )
 
     def _without_suspects(
@@ -278,7 +283,6 @@ class StoredLooks(Source):
             text += ", more than goes into a checkpoint (256 MiB): after a resumption it looks at all samples again"
             self.selection_pass.warn(text.removeprefix(f"{self.selection_pass.owner} ") + ".")
         log.info("%s.", text)
-        self.bytes_per_sample = per_sample
 
     def rows_of(self, state: State, batch: Any, num_samples: int) -> Rows | None:
         """Looks as a pass does: see :class:`.Source`."""

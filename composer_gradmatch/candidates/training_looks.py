@@ -13,7 +13,7 @@ from composer_gradmatch.candidates.sample_store import Seen
 from composer_gradmatch.candidates.watched_layer import WatchedLayer
 from composer_gradmatch.forward.ranks import unwrap
 from composer_gradmatch.forward.selection_pass import SelectionPass
-from composer_gradmatch.forward.traceless import Moment
+from composer_gradmatch.forward.traceless import beside_training
 from composer_gradmatch.last_layer import first_input
 
 __all__ = ["TrainingLooks"]
@@ -69,15 +69,12 @@ class TrainingLooks:
             return
         n, batch, grads = len(numbers), copy_batch(state.batch), None
         needs_graph = with_grads and outputs is not None and outputs.requires_grad
-        # Of the training pass, whose graph holds buffers: only what has changed is put back.
-        before = Moment.now(unwrap(state.model))
-        with torch.set_grad_enabled(needs_graph):
+        with beside_training(unwrap(state.model)), torch.set_grad_enabled(needs_graph):
             with self.selection_pass.precision(state):
                 losses = self.selection_pass.losses_of(state, state.outputs, batch, n)
             if needs_graph:
                 assert outputs is not None
                 (grads,) = torch.autograd.grad(losses.sum(), outputs, retain_graph=True, allow_unused=True)
-        before.restore()
         if with_grads and grads is None:
             return
         dim = 0 if self.layer is None else self.layer.sample_dim or 0

@@ -14,7 +14,7 @@ from composer_gradmatch.candidates.two_passes import candidates_of
 from composer_gradmatch.candidates.watched_layer import WatchedLayer
 from composer_gradmatch.forward.ranks import unwrap
 from composer_gradmatch.forward.selection_pass import SelectionPass
-from composer_gradmatch.forward.traceless import Moment
+from composer_gradmatch.forward.traceless import beside_training
 from composer_gradmatch.last_layer import first_input
 from composer_gradmatch.last_layer.gradients import LayerGradients
 from composer_gradmatch.rules.candidates import Candidates
@@ -92,11 +92,8 @@ class TrainingStep:
         if self.with_losses:
             now = self._microbatches[-1]
             batch = copy_batch(state.batch)
-            # Of the training pass, whose graph holds buffers: only what has changed is put back.
-            before = Moment.now(unwrap(state.model))
-            with self.selection_pass.precision(state):
+            with beside_training(unwrap(state.model)), self.selection_pass.precision(state):
                 now.losses = self.selection_pass.losses_of(state, state.outputs, batch, now.num_samples).detach()
-            before.restore()
 
     def end(self, state: State, num_samples: int) -> Candidates | None:
         """Gives what was seen of the step's samples, and forgets it; None where that is not all of them.

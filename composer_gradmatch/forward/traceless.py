@@ -16,7 +16,7 @@ from composer_gradmatch.forward.numpy_state import NumpyState
 from composer_gradmatch.forward.ranks import is_sharded
 from composer_gradmatch.forward.traces import ModelTraces
 
-__all__ = ["Generators", "Moment", "back_at", "no_trace"]
+__all__ = ["Generators", "Moment", "back_at", "beside_training", "no_trace"]
 
 
 @contextmanager
@@ -106,6 +106,18 @@ class Moment:
         """Puts back what has changed; graphs that have saved what has not stay valid."""
         self.generators.restore()
         self.traces.restore(only_changed=True)
+
+
+@contextmanager
+def beside_training(model: nn.Module) -> Iterator[None]:
+    """Puts back what is changed in the context, in the middle of a training step, whose graph holds what is not.
+
+    Args:
+        model (nn.Module): The model.
+    """
+    before = Moment.now(model)
+    yield
+    before.restore()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import torch
 from composer_gradmatch.rules.candidates import Candidates
 from composer_gradmatch.rules.cost_switch import CostSwitch, Switch, excess_variance
 from composer_gradmatch.rules.picks import Picks, WholeBatch
+from composer_gradmatch.rules.scores import check_num_picks, per_sample_norms
 from composer_gradmatch.rules.step_quality import gradient_noise
 from composer_gradmatch.rules.uniform import select_at_random
 
@@ -32,8 +33,7 @@ def inclusion_probabilities(scores: torch.Tensor, num_picks: int) -> torch.Tenso
         ValueError: If m is out of range or a score is negative or not finite.
     """
     scores = scores.double()
-    if not 1 <= num_picks <= len(scores):
-        raise ValueError(f"the number of picks must be from 1 to the {len(scores)} samples, got {num_picks}.")
+    check_num_picks(num_picks, len(scores))
     if not bool((scores >= 0).all() & scores.isfinite().all()):
         raise ValueError("scores must be finite numbers >= 0.")
     if int((scores > 0).sum()) <= num_picks:
@@ -173,11 +173,7 @@ class ImportanceSampling:
             return candidates.losses.detach().cpu().double().sqrt()
         if self.score == "gradient_norm":
             return candidates.gram.diagonal().clamp(min=0).sqrt().cpu().double()
-        norms = candidates.output_grads.double().square().sum(1)
-        if candidates.counts is not None:
-            of_sample = torch.repeat_interleave(candidates.counts.to(norms.device))
-            norms = norms.new_zeros(candidates.num_samples).index_add_(0, of_sample, norms)
-        return norms.sqrt().cpu()
+        return per_sample_norms(candidates.output_grads, candidates.num_samples, candidates.counts).cpu()
 
     def _see(self, gram: torch.Tensor, inclusion: torch.Tensor) -> None:
         if len(gram) > 1:
