@@ -90,6 +90,9 @@ STRATEGIES: dict[str, Strategy] = {
         Strategy("loss_stored", "loss_backprop", 2, "#f1b6da", "8", _STORED, 1 / 5),
         Strategy("importance_stored", "importance_backprop", 2, "#bf812d", "*", _STORED, 1 / 5),
         Strategy("random_trusted", "random_backprop", 2, "#80cdc1", "<", _TRUSTED, 1 / 5),
+        # Their picks follow from the losses, so that what they keep, and their modelled cost, is an upper bound.
+        Strategy("infobatch_stored", "infobatch", 2, "#8c2d04", "$I$", {**_STORED, "keep": 0.99, "end": 0.875}, 1 / 5),
+        Strategy("kakurenbo_stored", "kakurenbo", 2, "#3690c0", "$K$", {**_STORED, "keep": 0.99}, 1 / 5),
         Strategy("full_trusted", "random_backprop", 2, "#878787", ">", {**_TRUSTED, "keep": 1.0}, 1 / 5),
         Strategy("full", None, 0, "#404040", "X"),
     )

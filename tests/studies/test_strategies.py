@@ -60,9 +60,9 @@ def test_the_papers_strategies():
 
 def test_stored_looks_cost_a_part_of_a_pass(monkeypatch):
     stored = [each for each in STRATEGIES.values() if each.is_stored]
-    assert len(stored) == 7
+    assert len(stored) == 9
     for each in stored:
-        keep = 1.0 if each.name == "full_trusted" else 0.1
+        keep = {"full_trusted": 1.0, "infobatch_stored": 0.99, "kakurenbo_stored": 0.99}.get(each.name, 0.1)
         assert each.cost(0.1) == pytest.approx(1 / 15 + keep)
     (config,) = strategy_entry({}, "full_trusted", 0.1).values()
     assert config["keep"] == 1.0
