@@ -95,7 +95,9 @@ class Interleaved(Algorithm):
             state.batch = take_samples(state.batch, torch.arange(size), num_samples)
 
 
-def fit_interleaved(config: dict[str, Any], interleaved: Interleaved, batch_size: int, steps: int) -> Trainer:
+def fit_interleaved(
+    config: dict[str, Any], interleaved: Interleaved, batch_size: int, steps: int, loader: Any = None
+) -> Trainer:
     """Trains with the weights held still (a learning rate of 0), each step by the variant whose turn it is.
 
     Args:
@@ -103,6 +105,7 @@ def fit_interleaved(config: dict[str, Any], interleaved: Interleaved, batch_size
         interleaved (Interleaved): Takes the steps.
         batch_size (int): Samples a batch.
         steps (int): The most steps to make.
+        loader (Any, optional): Gives the batches; None for the config's. Default: ``None``.
 
     Returns:
         Trainer: After training, closed.
@@ -121,7 +124,7 @@ def fit_interleaved(config: dict[str, Any], interleaved: Interleaved, batch_size
     trainer = build_trainer(config)
     trainer.state.algorithms.append(interleaved)
     try:
-        trainer.fit()
+        trainer.fit(train_dataloader=loader)
     finally:
         trainer.close()
     return trainer

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-__all__ = ["Difference", "compare_at_cost", "compare_paired", "interval_of_median", "what_seeds_can_tell"]
+__all__ = [
+    "Difference",
+    "compare_at_cost",
+    "compare_paired",
+    "interval_of_median",
+    "ratio_of_means",
+    "what_seeds_can_tell",
+]
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,24 @@ def interval_of_median(values: Sequence[float]) -> tuple[float, float]:
     n = len(ordered)
     lower = max(int(stats.binom.ppf(0.025, n, 0.5)) - 1, 0)
     return float(ordered[lower]), float(ordered[n - 1 - lower])
+
+
+def ratio_of_means(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, float, float]:
+    """Gives the ratio of two means over the same items, and its 95 % interval by resampling items (bootstrap).
+
+    Args:
+        numerators (Sequence[float]): One for each item.
+        denominators (Sequence[float]): As many.
+
+    Returns:
+        tuple[float, float, float]: The ratio, and the lower and the upper end of its interval.
+    """
+    pairs = np.stack([np.asarray(numerators, dtype=float), np.asarray(denominators, dtype=float)])
+    drawn = np.random.default_rng(0).integers(pairs.shape[1], size=(2000, pairs.shape[1]))
+    above, below = pairs[:, drawn].mean(2)
+    low, high = np.quantile(above / below, [0.025, 0.975])
+    own = pairs.mean(1)
+    return float(own[0] / own[1]), float(low), float(high)
 
 
 def compare_at_cost(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from composer.core import Event
 
+from composer_gradmatch.candidates.stored import StoredLooks
 from composer_gradmatch.data import NoisyLabels, digits
 from composer_gradmatch.rules import gradient_matching
 from composer_gradmatch.spans import SpanRecorder, span
@@ -21,6 +22,7 @@ from composer_gradmatch.studies.learning_rate.plan import plan_learning_rate
 from composer_gradmatch.studies.registry import STUDIES
 from composer_gradmatch.studies.step_time.plan import plan_step_time
 from composer_gradmatch.studies.step_time.report import cost_of_shares
+from composer_gradmatch.studies.step_time.task import time_steps
 from composer_gradmatch.studies.step_time.timer import PARTS, step_time
 from composer_gradmatch.studies.strategies import STRATEGIES, strategy_entry, with_strategy
 from composer_gradmatch.studies.tasks import do_run
@@ -135,6 +137,44 @@ def test_step_times_have_every_variant_in_every_round_and_parts_that_add_up():
         used = {part for part in PARTS[:5] if parts[part] > 0}
         own = {"gradmatch": set(PARTS[:5]), "loss": {"selection_forward", "indexing"}, "random": {"indexing"}}
         assert used == own.get(row["strategy"], set())
+
+
+@pytest.mark.filterwarnings("ignore:.*steps on the picks are too long")
+def test_steps_with_stored_looks_are_timed_over_a_whole_period():
+    short = config("train_loader.dataset={split: train}", "max_duration=1ep")
+    strategies = ["full", "gradmatch", "gradmatch_stored", "loss_stored"]
+    steps, stored = plan_step_time(short, strategies, [0.1], rounds=1, synthetic=False).runs
+    assert "stored" not in steps.settings["variants"]
+    rows, _ = time_steps(stored)
+    batches = 11
+    assert {row["measured"] for row in rows} == {"period"}
+    of = {name: [row for row in rows if row["strategy"] == name] for name in ("full", "gradmatch_stored", "loss_stored")}
+    assert sum(map(len, of.values())) == len(rows)
+    assert all([row["round"] for row in each] == list(range(5 * batches)) for each in of.values())
+    assert {row["samples_kept"] for row in of["full"]} == {128}
+    assert {row["samples_kept"] for row in of["loss_stored"]} == {12}
+    assert {row["ratio"] for row in of["full"]} == {1.0}
+
+
+@pytest.mark.filterwarnings("ignore:.*steps on the picks are too long")
+def test_each_sample_is_looked_at_about_once_in_a_period(monkeypatch):
+    looked = []
+    look = StoredLooks.look
+
+    def counted(self, state, num_samples):
+        candidates = look(self, state, num_samples)
+        looked.append((int(state.timestamp.epoch), self._looked_at))
+        return candidates
+
+    monkeypatch.setattr(StoredLooks, "look", counted)
+    (_, run) = plan_step_time(config(), ["full", "gradmatch_stored"], [0.1], rounds=1, synthetic=False).runs
+    time_steps(run)
+    by_epoch = {epoch: sum(count for e, count in looked if e == epoch) for epoch in range(6)}
+    assert by_epoch[0] == 11 * 128
+    # Those that drop_last has left out before; a look is filled up to 32 rows, since the model has BatchNorm.
+    assert all(by_epoch[epoch] <= 11 * 32 for epoch in (1, 2, 3, 4))
+    # Those that were trained on in the meantime were seen then.
+    assert 0.4 * 11 * 128 < by_epoch[5] < 11 * 128
 
 
 @pytest.mark.parametrize(

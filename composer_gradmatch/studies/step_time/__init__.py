@@ -22,6 +22,6 @@ STUDY = Study(
     keeps=(0.1, 0.3, 0.5),
     options=_add_options,
     plan="composer_gradmatch.studies.step_time.plan:plan_step_time",
-    task="composer_gradmatch.studies.step_time.timer:step_time",
+    task="composer_gradmatch.studies.step_time.task:time_steps",
     report="composer_gradmatch.studies.step_time.report:report_step_time",
 )

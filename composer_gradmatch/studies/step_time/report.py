@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from composer_gradmatch.studies.statistics import interval_of_median
+from composer_gradmatch.studies.statistics import interval_of_median, ratio_of_means
 from composer_gradmatch.studies.step_time.figure import draw_step_times
 from composer_gradmatch.studies.step_time.timer import PARTS
 from composer_gradmatch.studies.store import Store
@@ -38,6 +38,7 @@ def report_step_time(store: Store, name: str) -> list[str]:
     if data.empty:
         return [*lines, "The run failed: there is nothing to compare."]
     steps, timed = data[data["measured"] == "step"], data[data["measured"] == "parts"]
+    stored = data[(data["measured"] == "period") & (data["strategy"] != "full")]
     size = int(steps.loc[steps["strategy"] == "full", "batch_size"].iloc[0])
     rounds = steps.groupby(["strategy", "keep"]).size().min()
     full_seconds = timed.loc[timed["strategy"] == "full", "seconds"].median()
@@ -69,6 +70,24 @@ def report_step_time(store: Store, name: str) -> list[str]:
         total = sum(seconds.values())
         parts.append({"strategy": strategy, "keep": keep, **{part: s / full_seconds for part, s in seconds.items()}})
         shares.append([strategy, f"{keep:g}", *(f"{s / total:.1%}" if s else "" for s in seconds.values())])
+    for strategy, keep in cell_order(stored):
+        own = stored[(stored["strategy"] == strategy) & (stored["keep"] == keep)]
+        full = data[(data["measured"] == "period") & (data["strategy"] == "full")]
+        of_round = own.set_index("round")["seconds"].to_frame("own").join(full.set_index("round")["seconds"])
+        ratio, low, high = ratio_of_means(of_round["own"], of_round["seconds"])
+        model = strategy_named(strategy).cost(keep)
+        shared = cost_of_shares(strategy_named(strategy), keep, forward, backward, rest)
+        table.append({"strategy": strategy, "keep": keep, "ratio": ratio, "low": low, "high": high})
+        milliseconds, interval = f"{own['seconds'].mean() * 1000:.1f}", f"{low:.2f} to {high:.2f}"
+        rows.append([strategy, f"{keep:g}", milliseconds, f"{ratio:.2f}", interval, f"{model:.2f}", f"{shared:.2f}"])
+    if not stored.empty:
+        lines += [
+            "Steps of strategies with stored looks are not alike. Theirs are means over all steps from one look at a "
+            f"sample to the next, {stored['round'].max() + 1} of each, after an epoch in which all were looked at; the "
+            "full batch made a step on each of the same minibatches. Their cost model is "
+            "(1/R)/3 + m/M with R the epochs between looks, and their interval is by resampling steps.",
+            "",
+        ]
     lines += ["## Time per step", ""]
     lines += markdown(["strategy", "keep", "ms", "ratio to full", "95 % interval", "cost model", "own shares"], rows)
     lines += ["## Where a strategy's own step goes", ""]

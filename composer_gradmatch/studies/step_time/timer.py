@@ -15,7 +15,7 @@ from composer_gradmatch.spans import SpanRecorder
 from composer_gradmatch.studies.interleave import Interleaved, Variant, fit_interleaved
 from composer_gradmatch.studies.store import Run
 
-__all__ = ["PARTS", "StepTimer", "step_time"]
+__all__ = ["PARTS", "StepTimer", "add_ratios", "step_time"]
 
 #: The parts of a step, in the order of a step; ``rest`` is the optimizer, metrics and Composer's own work.
 PARTS = (
@@ -29,7 +29,6 @@ PARTS = (
     "training_backward",
     "rest",
 )
-_WARMUP, _PART_ROUNDS = 2, 3
 
 
 class StepTimer(Interleaved):
@@ -42,11 +41,22 @@ class StepTimer(Interleaved):
         variants (Sequence[Variant]): To time; one of them the full batch.
         config (dict[str, Any]): The study's config.
         rounds (int): Timed rounds.
+        warmup (int, optional): Rounds before them. Default: ``2``.
+        part_rounds (int, optional): Rounds after them. Default: ``3``.
+        measured (str, optional): What rows of timed rounds are called. Default: ``"step"``.
     """
 
-    def __init__(self, variants: Sequence[Variant], config: dict[str, Any], rounds: int) -> None:
+    def __init__(
+        self,
+        variants: Sequence[Variant],
+        config: dict[str, Any],
+        rounds: int,
+        warmup: int = 2,
+        part_rounds: int = 3,
+        measured: str = "step",
+    ) -> None:
         super().__init__(variants, config)
-        self.rounds = rounds
+        self.rounds, self.warmup, self.part_rounds, self.measured = rounds, warmup, part_rounds, measured
         self.rows: list[dict[str, Any]] = []
         self._order: list[Variant] = []
         self._round = -1
@@ -57,7 +67,7 @@ class StepTimer(Interleaved):
     @property
     def steps(self) -> int:
         """How many steps it takes."""
-        return (_WARMUP + self.rounds + _PART_ROUNDS) * len(self.variants)
+        return (self.warmup + self.rounds + self.part_rounds) * len(self.variants)
 
     @staticmethod
     def _synchronize() -> None:
@@ -66,7 +76,7 @@ class StepTimer(Interleaved):
 
     @property
     def _times_parts(self) -> bool:
-        return self._round >= _WARMUP + self.rounds
+        return self._round >= self.warmup + self.rounds
 
     def _mark(self, name: str) -> None:
         if self._times_parts:
@@ -106,7 +116,7 @@ class StepTimer(Interleaved):
             self._mark("done")
 
     def _finish(self, now: float) -> None:
-        if self._round < _WARMUP:
+        if self._round < self.warmup:
             return
         variant, seconds = self.current, now - self._started
         row: dict[str, Any] = {
@@ -114,8 +124,8 @@ class StepTimer(Interleaved):
             "keep": variant.keep,
             "batch_size": variant.batch_size,
             "samples_kept": self._kept,
-            "measured": "parts" if self._times_parts else "step",
-            "round": self._round - _WARMUP,
+            "measured": "parts" if self._times_parts else self.measured,
+            "round": self._round - self.warmup,
             "seconds": seconds,
             "estimated_cost": variant.estimated_cost,
         }
@@ -132,15 +142,17 @@ class StepTimer(Interleaved):
 
 
 def step_time(run: Run) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Times the run's variants: a row for each of them and each round.
-
-    ``ratio`` is the time for a sample of the minibatch relative to the full batch's in the same round.
-    """
+    """Times the run's variants: a row for each of them and each round, with the ratio to the full batch's."""
     variants = [Variant.build(run.config, *variant) for variant in run.options["variants"]]
     timer = StepTimer(variants, run.config, run.options["rounds"])
     config = {**run.config, "train_loader": {**run.config["train_loader"], "drop_last": True}}
     fit_interleaved(config, timer, max(v.batch_size for v in variants), timer.steps)
-    full = {row["round"]: row["seconds"] / row["batch_size"] for row in timer.rows if row["strategy"] == "full"}
-    for row in timer.rows:
-        row["ratio"] = row["seconds"] / row["batch_size"] / full[row["round"]]
+    add_ratios(timer.rows)
     return timer.rows, {}
+
+
+def add_ratios(rows: list[dict[str, Any]]) -> None:
+    """Adds to each row the time for a sample of the minibatch relative to the full batch's in the same round."""
+    full = {row["round"]: row["seconds"] / row["batch_size"] for row in rows if row["strategy"] == "full"}
+    for row in rows:
+        row["ratio"] = row["seconds"] / row["batch_size"] / full[row["round"]]
