@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"models"},
     "train": {"algorithms", "batches", "data", "forward", "models", "registered", "rules"},
     "studies": {"algorithms", "batches", "data", "forward", "last_layer", "rules", "spans", "train"},
-    "benchmarks": {"algorithms", "candidates", "data", "last_layer", "matching", "models", "rules", "train"},
+    "benchmarks": {"algorithms", "candidates", "data", "forward", "last_layer", "matching", "models", "rules", "train"},
 }
 MAY_IMPORT = {folder: {folder, *others} for folder, others in MAY_IMPORT.items()}
 MAY_IMPORT["__init__"] = {"algorithms", "batches", "last_layer", "matching", "moved", "registered", "rules"}

@@ -9,10 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from composer_gradmatch.benchmarks.looks import FILLS, measure_looks
 from composer_gradmatch.benchmarks.memory import measure_memory
 from composer_gradmatch.benchmarks.models import MODELS
 from composer_gradmatch.benchmarks.omp import SIZES, measure_omp
 from composer_gradmatch.benchmarks.solvers import measure_greedy, measure_solvers
+from composer_gradmatch.benchmarks.store import measure_store
+from composer_gradmatch.candidates.stored import check_refresh
+from composer_gradmatch.train.config import ConfigError, load_config
 from composer_gradmatch.train.trainer import expect_small_batches
 
 __all__ = ["main"]
@@ -42,6 +46,15 @@ def _size(text: str) -> tuple[int, int]:
     return size
 
 
+def _refresh(text: str) -> str:
+    if text != "never":
+        try:
+            check_refresh(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"expected a time such as 5ep, or never: {error}") from error
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(add_help=False)
     out.add_argument("--out", type=Path, metavar="FILE", help="a CSV file for the table")
@@ -65,6 +78,19 @@ def _parser() -> argparse.ArgumentParser:
     greedy.add_argument("--samples", type=_positive, default=16, metavar="M", help="at most 16; default: %(default)s")
     for each, count in ((solvers, 20), (greedy, 50)):
         each.add_argument("--minibatches", type=_positive, default=count, help="default: %(default)s")
+    looks = benchmarks.add_parser("looks", parents=[out], help="picks from stored looks beside those of a full look")
+    refreshes = ["1ep", "2ep", "5ep", "10ep", "never"]
+    looks.add_argument("--refresh", nargs="+", type=_refresh, default=refreshes, help="default: 1ep 2ep 5ep 10ep never")
+    looks.add_argument(
+        "--fill", nargs="+", choices=FILLS, default=["32"], help="rows of a look under BatchNorm; default: 32"
+    )
+    store = benchmarks.add_parser("store", parents=[out], help="size of a store of looks, and what it loses")
+    store.add_argument("--width", nargs="+", type=_positive, default=[16, 64, 256], help="default: 16 64 256")
+    store.add_argument("--samples", type=_positive, default=50_000, metavar="N", help="default: %(default)s")
+    for each in (looks, store):
+        each.add_argument("config", type=Path, metavar="CONFIG", help="a YAML config")
+        each.add_argument("overrides", nargs="*", metavar="key=value", help="in the config")
+        each.add_argument("--keep", type=_fraction, default=0.1, metavar="FRACTION", help="default: 0.1")
     return parser
 
 
@@ -72,6 +98,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line: prints a table, and writes it as CSV with ``--out``; returns the exit code."""
     parser = _parser()
     arguments = parser.parse_args(argv)
+    try:
+        rows = _measure(parser, arguments)
+    except ConfigError as error:
+        parser.error(str(error))
+    print(_table(rows))
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        with arguments.out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    return 0
+
+
+def _measure(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     if arguments.benchmark == "omp":
         rows = measure_omp(arguments.sizes, arguments.rounds)
     elif arguments.benchmark == "solvers":
@@ -81,18 +122,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--samples: expected 2 to 16, for all subsets to be tried; got {arguments.samples}")
         picks = sorted({max(1, arguments.samples * i // 8) for i in (1, 2, 3, 4)})
         rows = measure_greedy(arguments.samples, picks, arguments.minibatches)
-    else:
+    elif arguments.benchmark == "memory":
         _check_sizes(parser, arguments)
         expect_small_batches()
         rows = measure_memory(arguments.models, arguments.samples, arguments.picks, arguments.keep)
-    print(_table(rows))
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    return 0
+    else:
+        config = load_config(arguments.config, arguments.overrides)
+        if arguments.benchmark == "looks":
+            return measure_looks(config, arguments.refresh, arguments.fill, arguments.keep)
+        rows = measure_store(config, arguments.width, arguments.keep, arguments.samples)
+    return rows
 
 
 def _check_sizes(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:

@@ -29,8 +29,6 @@ log = logging.getLogger(__name__)
 
 #: The most bytes of a store that go into a checkpoint.
 CHECKPOINT_LIMIT = 256 * 2**20
-#: The fewest rows of a look in a model with batch normalisation, of whose statistics they are.
-_ENOUGH_FOR_BATCH_NORM = 32
 
 
 def check_refresh(refresh: Any) -> Time:
@@ -68,6 +66,10 @@ class StoredLooks(Source):
         device (str): ``"cpu"``, or ``"gpu"`` for the run's device.
         suspects (Suspects, optional): Whom to leave out.
     """
+
+    #: The fewest rows of a look in a model with batch normalisation, of whose statistics they are. With fewer, picks
+    #: overlap less with those of a full look, and with running statistics still less: ``benchmarks looks``.
+    rows_for_batch_norm = 32
 
     def __init__(
         self,
@@ -182,7 +184,7 @@ class StoredLooks(Source):
         if needs_all_ranks(model) and largest_on_all_ranks(int(wanted > 0), state.device):
             wanted = max(1, wanted)  # A forward pass is one of all ranks.
         if wanted and fewest_in_a_microbatch(model) > 1:
-            wanted = min(len(numbers), max(wanted, _ENOUGH_FOR_BATCH_NORM))
+            wanted = min(len(numbers), max(wanted, self.rows_for_batch_norm))
         oldest = store.stamps[numbers].argsort(stable=True)
         # What is due is the oldest, but for stamps of the future in a checkpoint of other data.
         order = torch.cat([oldest[due[oldest]], oldest[~due[oldest]]])

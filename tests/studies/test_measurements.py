@@ -148,7 +148,9 @@ def test_steps_with_stored_looks_are_timed_over_a_whole_period():
     rows, _ = time_steps(stored)
     batches = 11
     assert {row["measured"] for row in rows} == {"period"}
-    of = {name: [row for row in rows if row["strategy"] == name] for name in ("full", "gradmatch_stored", "loss_stored")}
+    of = {
+        name: [row for row in rows if row["strategy"] == name] for name in ("full", "gradmatch_stored", "loss_stored")
+    }
     assert sum(map(len, of.values())) == len(rows)
     assert all([row["round"] for row in each] == list(range(5 * batches)) for each in of.values())
     assert {row["samples_kept"] for row in of["full"]} == {128}

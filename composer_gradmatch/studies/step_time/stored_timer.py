@@ -56,7 +56,9 @@ class _StoredTimer(StepTimer):
 
 def _epochs(variants: Sequence[Variant]) -> int:
     """Gives the longest time between two looks at a sample, in epochs."""
-    return max(int(str(strategy_named(v.strategy).arguments.get("refresh", "1ep")).removesuffix("ep")) for v in variants)
+    return max(
+        int(str(strategy_named(v.strategy).arguments.get("refresh", "1ep")).removesuffix("ep")) for v in variants
+    )
 
 
 def stored_step_time(run: Run) -> tuple[list[dict[str, Any]], dict[str, Any]]:
