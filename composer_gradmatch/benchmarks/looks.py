@@ -20,7 +20,7 @@ from composer_gradmatch.rules.gradient_matching import gradient_matching
 from composer_gradmatch.rules.picks import WholeBatch
 from composer_gradmatch.rules.step_quality import gradient_noise, step_error
 
-__all__ = ["FILLS", "compare_picks", "measure_looks"]
+__all__ = ["FILLS", "averages", "compare_picks", "measure_looks"]
 
 #: How looks at few rows are made in models with batch normalisation: filled up to so many rows with the oldest, or as
 #: they are, with running statistics in the place of the rows' own.
@@ -59,6 +59,15 @@ def compare_picks(approximate: Candidates, exact: Candidates, m: int) -> dict[st
     }
 
 
+def averages(compared: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Averages comparisons: means, and of the error in K the median, since K of late minibatches is nearly nothing."""
+    columns = {name: [each[name] for each in compared] for name in (compared[0] if compared else ())}
+    return {
+        name: statistics.median(values) if name == "error in K" else statistics.mean(values)
+        for name, values in columns.items()
+    }
+
+
 def measure_looks(
     config: dict[str, Any], refreshes: Sequence[str], fills: Sequence[str], keep: float = 0.1, every: int = 5
 ) -> list[dict[str, Any]]:
@@ -72,8 +81,8 @@ def measure_looks(
         every (int, optional): Steps from one comparison to the next. Default: ``5``.
 
     Returns:
-        list[dict[str, Any]]: A row for each, with means over the comparisons from the second epoch on, and the share
-        of the rows that were looked at in the same time.
+        list[dict[str, Any]]: A row for each, with :func:`averages` of the comparisons from the second epoch on, and the
+        share of the rows that were looked at in the same time.
     """
     rows = []
     for refresh in refreshes:
@@ -101,7 +110,7 @@ def measure_looks(
 
             time = _NEVER if refresh == "never" else refresh
             fit_watched(config, watch, every, prepare, keep=keep, refresh=time)
-            means = {name: statistics.mean(each[name] for each in found) for name in found[0]} if found else {}
+            means = averages(found)
             share = statistics.mean(looked_at) if looked_at else float("nan")
             rows.append({"refresh": refresh, "fill": fill, "looked at": share, **means, "minibatches": len(found)})
     return rows

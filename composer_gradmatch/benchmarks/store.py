@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from composer.core import State
 
-from composer_gradmatch.benchmarks.looks import compare_picks
+from composer_gradmatch.benchmarks.looks import averages, compare_picks
 from composer_gradmatch.benchmarks.watching import fit_watched
 from composer_gradmatch.candidates.sample_store import SampleStore, Seen
 from composer_gradmatch.candidates.source import Source
@@ -51,7 +50,7 @@ def measure_store(
         every (int, optional): Steps from one comparison to the next. Default: ``10``.
 
     Returns:
-        list[dict[str, Any]]: A row for each width below D, and for D: bytes for each sample, MiB in all, and means of
+        list[dict[str, Any]]: A row for each width below D, and for D: bytes for each sample, MiB in all, and :func:`.averages` of
         :func:`.compare_picks` over the minibatches.
     """
     found: dict[int, list[dict[str, float]]] = {}
@@ -72,7 +71,7 @@ def measure_store(
             "D": max(found),
             "bytes a sample": size[width],
             f"MiB, N = {samples}": size[width] * samples / 2**20,
-            **{name: statistics.mean(row[name] for row in rows) for name in rows[0]},
+            **averages(rows),
             "minibatches": len(rows),
         }
         for width, rows in sorted(found.items())
