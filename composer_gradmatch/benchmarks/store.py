@@ -50,8 +50,8 @@ def measure_store(
         every (int, optional): Steps from one comparison to the next. Default: ``10``.
 
     Returns:
-        list[dict[str, Any]]: A row for each width below D, and for D: bytes for each sample, MiB in all, and :func:`.averages` of
-        :func:`.compare_picks` over the minibatches.
+        list[dict[str, Any]]: A row for each width below D, and for D: bytes for each sample, MiB in all, and
+        :func:`.averages` of :func:`.compare_picks` over the minibatches.
     """
     found: dict[int, list[dict[str, float]]] = {}
     size: dict[int, int] = {}
