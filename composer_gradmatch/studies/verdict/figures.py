@@ -41,7 +41,8 @@ def draw_frontier(found: dict[str, Any], path: Path, title: str) -> None:
             if difference["low"] is None
             else [[difference["mean"] - difference["low"]], [difference["high"] - difference["mean"]]],
             xerr=[[cost["mean"] - cost["low"]], [cost["high"] - cost["mean"]]],
-            fmt=strategy.marker,
+            marker=strategy.marker,
+            linestyle="none",
             markersize=8,
             capsize=3,
             color=strategy.color,
