@@ -60,7 +60,8 @@ class SelectionLog(Callback):
         self._store: StoredLooks | None = None
         #: The picks of the last step that was seen: those that are still there after a step were not of it.
         self._last: Picks | None = None
-        self._looked: tuple[torch.Tensor, Candidates] | None = None
+        #: Numbers, losses and gradient norms of the step's candidates.
+        self._looked: tuple[np.ndarray, np.ndarray, np.ndarray | None] | None = None
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Finds the selecting algorithm and the folder, and begins to count."""
@@ -111,10 +112,8 @@ class SelectionLog(Callback):
             self.counts.see_step(numbers, picks.indices.cpu().numpy(), weights)
         self._last = picks
         if self._looked is not None:
-            numbers_seen, candidates = self._looked
+            self.counts.see_values(*self._looked)
             self._looked = None
-            norms = _array(candidates.gram.diagonal().clamp(min=0).sqrt()) if candidates.has_gram else None
-            self.counts.see_values(numbers_seen.numpy(), _array(candidates.losses), norms)
 
     def epoch_end(self, state: State, logger: Logger) -> None:
         """Writes the epoch's file."""
@@ -146,13 +145,15 @@ class SelectionLog(Callback):
         return self.counts.merged(dist.all_gather_object(self.counts.of_epoch()))
 
     def _watch(self, store: StoredLooks) -> None:
-        """Keeps the candidates of each step until its end: the selection itself has no more use for them."""
+        """Keeps what is logged of each step's candidates, which can be asked for it before the step alone."""
         look: Callable[[State, int], Candidates] = store.look
 
         def noting(state: State, num_samples: int) -> Candidates:
             candidates = look(state, num_samples)
             rows = candidates.rows
-            self._looked = store.numbers if rows is None else store.numbers[rows], candidates
+            norms = _array(candidates.gram.diagonal().clamp(min=0).sqrt()) if candidates.has_gram else None
+            seen = store.numbers if rows is None else store.numbers[rows]
+            self._looked = seen.numpy(), _array(candidates.losses), norms
             return candidates
 
         vars(store)["look"] = noting

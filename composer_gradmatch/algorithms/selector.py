@@ -31,6 +31,9 @@ from composer_gradmatch.rules.step_quality import StepQuality
 
 __all__ = ["Selector"]
 
+#: Of rules that do not look at gradients, each selection of this number is measured by them.
+_EVERY = 10
+
 
 class Selector:
     """Selects from a run's minibatches by a rule.
@@ -68,6 +71,8 @@ class Selector:
         #: The samples of a step that is watched, whose number is known once it has been selected for.
         self._watched: int | None = None
         self._quality = StepQuality()
+        #: Selections since K was last computed for the quality alone.
+        self._unmeasured = 0
 
     @property
     def looks(self) -> bool:
@@ -183,6 +188,7 @@ class Selector:
         """Forgets what belongs to one Trainer."""
         self.selection_pass.reset()
         self._quality.reset()
+        self._unmeasured = 0
         if self.store is not None:
             self.store.reset()
         if self.weighting is not None:
@@ -290,10 +296,17 @@ class Selector:
         if isinstance(picks, WholeBatch):
             return picks
         metrics = {**picks.metrics, **self.source.metrics}
-        if len(picks.indices) < left and candidates.has_gram:
+        if len(picks.indices) < left and candidates.has_gram and self._measures():
             metrics.update(self._quality.see(candidates.gram, picks))
         indices = picks.indices if candidates.rows is None else candidates.rows[picks.indices.cpu()]
         return replace(picks, indices=indices, metrics=metrics)
+
+    def _measures(self) -> bool:
+        """Tells whether to compute K for the step's quality: always if the rule does, else in each tenth selection."""
+        if self.store is None or self.rule.needs == "gradients":
+            return True
+        self._unmeasured = (self._unmeasured + 1) % _EVERY
+        return not self._unmeasured
 
     def _pick(self, candidates: Candidates, num_picks: int) -> Picks | WholeBatch:
         if not self.rule.takes_not_finite and not candidates.finite:

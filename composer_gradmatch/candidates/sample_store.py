@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,20 +20,41 @@ class Seen:
 
     Attributes:
         numbers (torch.Tensor): Which they are, int64, shape (n,), on the CPU.
-        losses (torch.Tensor): ℓ, shape (n,).
+        losses (torch.Tensor, optional): ℓ, shape (n,). Default: ``None``.
         inputs (torch.Tensor, optional): Rows of H, shape (n, D). Default: ``None``.
         output_grads (torch.Tensor, optional): Rows of P, shape (n, C). Default: ``None``.
     """
 
     numbers: torch.Tensor
-    losses: torch.Tensor
+    losses: torch.Tensor | None = None
     inputs: torch.Tensor | None = None
     output_grads: torch.Tensor | None = None
 
     def cpu(self) -> Seen:
         """Gives it on the host, as it is shared between processes."""
-        inputs, grads = (None if part is None else part.detach().cpu() for part in (self.inputs, self.output_grads))
-        return Seen(self.numbers.cpu(), self.losses.detach().cpu(), inputs, grads)
+        return self._with(self.numbers.cpu(), lambda part: part.detach().cpu())
+
+    def without_repetitions(self) -> Seen:
+        """Leaves of a sample that is there twice the last; of assignments to the same place no order is defined."""
+        if len(self.numbers.unique()) == len(self.numbers):
+            return self
+        last = {number: row for row, number in enumerate(self.numbers.tolist())}
+        rows = torch.tensor(list(last.values()), dtype=torch.int64)
+        return self._with(self.numbers[rows], lambda part: part[rows.to(part.device)])
+
+    def _with(self, numbers: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> Seen:
+        parts = (self.losses, self.inputs, self.output_grads)
+        return Seen(numbers, *(None if part is None else change(part) for part in parts))
+
+
+def _first_of_each(numbers: torch.Tensor) -> torch.Tensor:
+    """Marks the first place of each number, boolean."""
+    if len(numbers.unique()) == len(numbers):
+        return torch.ones(len(numbers), dtype=torch.bool)
+    first = {number: row for row, number in reversed(list(enumerate(numbers.tolist())))}
+    marks = torch.zeros(len(numbers), dtype=torch.bool)
+    marks[list(first.values())] = True
+    return marks
 
 
 class SampleStore:
@@ -109,22 +131,21 @@ class SampleStore:
             seen (Seen): It.
             now (int): When.
         """
-        numbers, losses = seen.numbers, seen.losses.detach().to(self.device, torch.float32)
-        usable = losses.isfinite().cpu()
-        # Of indices that are there twice, the order of assignments is not defined.
-        last = {int(number): row for row, number in enumerate(numbers.tolist())}
-        rows = torch.tensor(list(last.values()), dtype=torch.int64)
-        numbers, losses, usable = numbers[rows], losses[rows.to(self.device)], usable[rows]
-        at = numbers.to(self.device)
-        self.losses[at] = losses
+        seen = seen.without_repetitions()
+        numbers, at = seen.numbers, seen.numbers.to(self.device)
+        usable = torch.ones(len(numbers), dtype=torch.bool)
+        if seen.losses is not None:
+            losses = seen.losses.detach().to(self.device, torch.float32)
+            self.losses[at] = losses
+            usable &= losses.isfinite().cpu()
         if seen.inputs is not None:
-            inputs = self._shortened(seen.inputs.detach()[rows.to(seen.inputs.device)]).to(self.device, torch.float16)
+            inputs = self._shortened(seen.inputs.detach()).to(self.device, torch.float16)
             if self.inputs is None:
                 self.inputs = torch.zeros(self.size, inputs.shape[1], dtype=torch.float16, device=self.device)
             self.inputs[at] = inputs
             usable &= inputs.isfinite().all(1).cpu()
         if self.keeps_grads and seen.output_grads is not None:
-            grads = seen.output_grads.detach()[rows.to(seen.output_grads.device)].to(self.device, torch.float32)
+            grads = seen.output_grads.detach().to(self.device, torch.float32)
             if self.output_grads is None:
                 self.output_grads = torch.zeros(self.size, grads.shape[1], device=self.device)
             self.output_grads[at] = grads
@@ -144,17 +165,20 @@ class SampleStore:
         return inputs.float() @ projection
 
     def average_margins(self, numbers: torch.Tensor, margins: torch.Tensor, decay: float) -> None:
-        """Takes margins of a visit into their samples' averages; of one that is there twice, the last.
+        """Takes margins of a visit into their samples' averages; NaNs change nothing, and repetitions count each.
 
         Args:
             numbers (torch.Tensor): Shape (n,).
             margins (torch.Tensor): Shape (n,).
             decay (float): What the average so far counts, in [0, 1).
         """
-        for number, now in zip(numbers.tolist(), margins.tolist(), strict=True):
-            old = float(self.margins[number])
-            if now == now:
-                self.margins[number] = now if old != old else decay * old + (1 - decay) * now
+        while len(numbers):
+            first = _first_of_each(numbers)
+            at, now = numbers[first], margins[first].double()
+            old = self.margins[at].double()
+            averages = torch.where(old.isnan(), now, decay * old + (1 - decay) * now)
+            self.margins[at] = torch.where(now.isnan(), old, averages).float()
+            numbers, margins = numbers[~first], margins[~first]
 
     def state_dict(self) -> dict[str, Any]:
         """Tells what a checkpoint keeps."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -201,25 +202,32 @@ class StoredLooks(Source):
     def _from_store(self, state: State, store: SampleStore, numbers: torch.Tensor) -> Candidates:
         device, labels = state.device, self.labels_of(state.batch, len(numbers))
         at = numbers.to(store.device)
-        losses = device.tensor_to_device(store.losses[at])
         if self.layer is None:
-            return Candidates(len(numbers), losses=losses, labels=labels)
+            return Candidates(len(numbers), losses=device.tensor_to_device(store.losses[at]), labels=labels)
         layer = self.layer.of(state)
         assert store.inputs is not None
         inputs = device.tensor_to_device(store.inputs[at]).float()
-        if self._computes:
-            losses, grads = self._again.losses_and_grads(state, inputs)
-        else:
+
+        batch = state.batch
+
+        @cache
+        def losses_and_grads() -> tuple[torch.Tensor, torch.Tensor]:
+            if self._computes:
+                if state.batch is not batch:
+                    raise RuntimeError("candidates of stored looks are to be asked for losses and P before the step.")
+                return self._again.losses_and_grads(state, inputs)
             assert store.output_grads is not None
-            grads = device.tensor_to_device(store.output_grads[at])
+            return device.tensor_to_device(store.losses[at]), device.tensor_to_device(store.output_grads[at])
+
+        # Only when a rule asks for them, which random picks among the trusted do not.
         return Candidates(
             len(numbers),
-            losses=losses,
+            losses=lambda: losses_and_grads()[0],
             inputs=inputs,
-            output_grads=grads,
+            output_grads=lambda: losses_and_grads()[1],
             labels=labels,
             bias=layer.bias is not None,
-            finite=lambda: bool(all_finite(losses, grads)),
+            finite=lambda: bool(all_finite(*losses_and_grads())),
         )
 
     def _without_suspects(
@@ -302,7 +310,9 @@ class StoredLooks(Source):
             rows (torch.Tensor, optional): Which samples of the minibatch it has; None if they are not as they were.
         """
         numbers = None if rows is None else self.numbers[rows]
-        self.training.before_loss(state, numbers, with_grads=self.layer is not None and not self._computes)
+        # Where losses and P are computed from H, H is all that there is to see.
+        with_grads = self.layer is not None and not self._computes
+        self.training.before_loss(state, numbers, with_losses=not self._computes, with_grads=with_grads)
 
     def share(self, state: State) -> None:
         """Keeps what the step has shown, on all ranks alike.

@@ -54,34 +54,47 @@ class TrainingLooks:
     def _see(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._inputs, self._outputs = first_input(args, kwargs), output
 
-    def before_loss(self, state: State, numbers: torch.Tensor | None, with_grads: bool) -> None:
+    def before_loss(
+        self, state: State, numbers: torch.Tensor | None, with_losses: bool = True, with_grads: bool = False
+    ) -> None:
         """Takes what the microbatch has shown.
 
         Args:
             state (State): After the forward pass.
             numbers (torch.Tensor, optional): Its samples' numbers; None if its rows are not what was picked any more.
-            with_grads (bool): Whether P is asked for.
+            with_losses (bool, optional): Whether losses are asked for. Default: ``True``.
+            with_grads (bool, optional): Whether P is, too; then losses are. Default: ``False``.
         """
         self._close()
         inputs, outputs = self._inputs, self._outputs
         self._inputs = self._outputs = None
         if numbers is None or (self.layer is not None and inputs is None):
             return
-        n, batch, grads = len(numbers), copy_batch(state.batch), None
-        needs_graph = with_grads and outputs is not None and outputs.requires_grad
-        with beside_training(unwrap(state.model)), torch.set_grad_enabled(needs_graph):
-            with self.selection_pass.precision(state):
-                losses = self.selection_pass.losses_of(state, state.outputs, batch, n)
-            if needs_graph:
-                assert outputs is not None
-                (grads,) = torch.autograd.grad(losses.sum(), outputs, retain_graph=True, allow_unused=True)
+        n = len(numbers)
+        losses, grads = (
+            self._losses_and_grads(state, outputs if with_grads else None, n) if with_losses else (None,) * 2
+        )
         if with_grads and grads is None:
             return
         dim = 0 if self.layer is None else self.layer.sample_dim or 0
         parts = [None if part is None else part.detach().movedim(dim, 0) for part in (inputs, grads)]
         if any(part is not None and (part.dim() != 2 or len(part) != n) for part in parts):
             return
-        self._seen.append(Seen(numbers, losses.detach(), *parts))
+        self._seen.append(Seen(numbers, losses, *parts))
+
+    def _losses_and_grads(
+        self, state: State, outputs: torch.Tensor | None, n: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Computes the microbatch's losses and, at the given outputs, their gradients."""
+        batch, grads = copy_batch(state.batch), None
+        needs_graph = outputs is not None and outputs.requires_grad
+        with beside_training(unwrap(state.model)), torch.set_grad_enabled(needs_graph):
+            with self.selection_pass.precision(state):
+                losses = self.selection_pass.losses_of(state, state.outputs, batch, n)
+            if needs_graph:
+                assert outputs is not None
+                (grads,) = torch.autograd.grad(losses.sum(), outputs, retain_graph=True, allow_unused=True)
+        return losses.detach(), grads
 
     def end(self) -> list[Seen]:
         """Gives what was seen in the step, and forgets it."""

@@ -50,7 +50,7 @@ class Candidates:
         self,
         num_samples: int,
         *,
-        losses: torch.Tensor | None = None,
+        losses: torch.Tensor | Callable[[], torch.Tensor] | None = None,
         inputs: torch.Tensor | Callable[[], torch.Tensor] | None = None,
         output_grads: torch.Tensor | Callable[[], torch.Tensor] | None = None,
         gram: torch.Tensor | Callable[[], torch.Tensor] | None = None,
@@ -66,7 +66,7 @@ class Candidates:
         self._losses, self._inputs, self._output_grads, self._gram = losses, inputs, output_grads, gram
         self._bias, self._labels, self._finite = bias, labels, finite
 
-    @property
+    @cached_property
     def losses(self) -> torch.Tensor:
         """The loss of each sample, ℓ, shape (M,).
 
@@ -78,7 +78,7 @@ class Candidates:
                 "This rule asks for the samples' losses, but no pass was made over them, since its record says "
                 "needs='nothing'. Give it Rule(..., needs='losses') or needs='gradients'."
             )
-        return self._losses
+        return self._losses() if callable(self._losses) else self._losses
 
     @cached_property
     def inputs(self) -> torch.Tensor:
@@ -150,7 +150,7 @@ class Candidates:
 
         some_of = Candidates(
             len(rows),
-            losses=None if self._losses is None else some(self._losses),
+            losses=None if self._losses is None else lambda: some(self.losses),
             inputs=None if self._inputs is None else lambda: some(self.inputs),
             output_grads=None if self._output_grads is None else lambda: some(self.output_grads),
             gram=None if self._gram is None else gram,

@@ -21,6 +21,7 @@ from composer_gradmatch import (
     ImportanceBackprop,
     LossBackprop,
     RandomBackprop,
+    RuleBackprop,
     number_samples,
     select_first,
 )
@@ -110,6 +111,26 @@ def test_what_comes_from_the_store_is_what_the_current_output_layer_makes_of_sto
     for (losses, grads), candidates in zip(expected, found[3:], strict=True):
         torch.testing.assert_close(candidates.losses, losses)
         torch.testing.assert_close(candidates.output_grads, grads)
+
+
+def test_candidates_can_be_asked_before_their_step_alone():
+    kept = []
+
+    def first(candidates, m):
+        kept.append(candidates)
+        return range(m), None
+
+    late = On(Event.BATCH_END, lambda state: kept[-1].losses)
+    algorithm = RuleBackprop(first, **ON, keep=0.3, refresh="3ep")
+    with pytest.raises(RuntimeError, match="before the step"):
+        trainer_of(algorithm, others=[late], max_duration="2ep").fit()
+
+
+def test_random_picks_are_measured_in_each_tenth_selection_only():
+    algorithm = RandomBackprop(**ON, keep=0.3, refresh="2ep", suspects={"after": "1ep", "margin": 0.99})
+    _, metrics = fitted(algorithm, max_duration="10ep")
+    assert len(metrics["fraction_kept"]) == 30
+    assert len(metrics["step_length"]) == 3
 
 
 def test_a_training_step_counts_as_a_look_at_its_picks():

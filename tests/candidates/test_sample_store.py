@@ -77,6 +77,26 @@ def test_above_its_limit_it_keeps_a_projection_with_products_that_are_right_on_a
     assert torch.equal(again.inputs, store.inputs)
 
 
+def test_repetitions_in_a_visit_count_each_as_one_by_one():
+    numbers, margins = [2, 0, 2, 3, 2, 0], [0.5, float("nan"), -0.25, 0.125, 1.0, 0.75]
+    together, alone = SampleStore(4), SampleStore(4)
+    for _ in range(2):
+        together.average_margins(torch.tensor(numbers), torch.tensor(margins), 0.7)
+        for number, margin in zip(numbers, margins, strict=True):
+            alone.average_margins(torch.tensor([number]), torch.tensor([margin]), 0.7)
+    torch.testing.assert_close(together.margins, alone.margins, rtol=0, atol=0, equal_nan=True)
+    assert together.margins.isnan().tolist() == [False, True, False, False]
+
+
+def test_a_look_without_losses_leaves_those_that_are_known():
+    store = SampleStore(4)
+    store.put(Seen(torch.tensor([1, 2]), torch.tensor([0.5, 0.25]), torch.ones(2, 3)), 0)
+    store.put(Seen(torch.tensor([2, 3, 2]), None, torch.tensor([[1.0] * 3, [2.0] * 3, [3.0] * 3])), 4)
+    assert store.losses.tolist() == [0.0, 0.5, 0.25, 0.0]
+    assert store.inputs[:, 0].tolist() == [0.0, 1.0, 3.0, 2.0]
+    assert store.stamps[1:].tolist() == [0, 4, 4]
+
+
 def test_margins_are_averaged_over_visits():
     store = SampleStore(3)
     for value in (0.5, 1.0, math.nan, 0.0):
