@@ -309,7 +309,8 @@ class Selector:
         return not self._unmeasured
 
     def _pick(self, candidates: Candidates, num_picks: int) -> Picks | WholeBatch:
-        if not self.rule.takes_not_finite and not candidates.finite:
+        blind = self.rule.needs == "nothing"
+        if not blind and not self.rule.takes_not_finite and not candidates.finite:
             what = "losses" if self.layer is None else "losses or last-layer gradients"
             return WholeBatch(f"a minibatch has {what} that are not finite; it and others like it are trained whole.")
         result = self._function(candidates, num_picks)

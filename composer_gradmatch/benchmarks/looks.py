@@ -42,14 +42,14 @@ def compare_picks(approximate: Candidates, exact: Candidates, m: int) -> dict[st
         random ones; ``r of a full look``, the same of the exact picks; and ``error in K``, ‖K̂ − K‖/‖K‖ (Frobenius).
         None where one of them picks nothing.
     """
-    found = [gradient_matching(each, m, weights="matched") for each in (approximate, exact)]
-    if any(isinstance(each, WholeBatch) for each in found):
+    ours, theirs = (gradient_matching(each, m, weights="matched") for each in (approximate, exact))
+    if isinstance(ours, WholeBatch) or isinstance(theirs, WholeBatch):
         return None
-    ours, theirs = found
     gram = exact.gram
     _, trace = gradient_noise(gram)
     of_random = float(trace) * (1 / m - 1 / len(gram))
-    errors = [float(step_error(gram, each.indices, each.weights.to(gram))[1]) for each in (ours, theirs)]
+    weights = [None if each.weights is None else each.weights.to(gram) for each in (ours, theirs)]
+    errors = [float(step_error(gram, each.indices, w)[1]) for each, w in zip((ours, theirs), weights, strict=True)]
     same = torch.isin(theirs.indices, ours.indices)
     return {
         "overlap": float(same.double().mean()),

@@ -21,7 +21,6 @@ from composer_gradmatch import (
     ImportanceBackprop,
     LossBackprop,
     RandomBackprop,
-    RuleBackprop,
     number_samples,
     select_first,
 )
@@ -115,15 +114,16 @@ def test_what_comes_from_the_store_is_what_the_current_output_layer_makes_of_sto
 
 def test_candidates_can_be_asked_before_their_step_alone():
     kept = []
+    algorithm = RandomBackprop(**ON, keep=0.3, refresh="3ep", suspects=True)
+    store = algorithm.selector.store
+    vars(store).update(look=lambda state, n: kept.append(type(store).look(store, state, n)) or kept[-1])
 
-    def first(candidates, m):
-        kept.append(candidates)
-        return range(m), None
+    def ask(state):
+        if state.timestamp.epoch == 1:  # When they come from the store.
+            _ = kept[-1].losses
 
-    late = On(Event.BATCH_END, lambda state: kept[-1].losses)
-    algorithm = RuleBackprop(first, **ON, keep=0.3, refresh="3ep")
     with pytest.raises(RuntimeError, match="before the step"):
-        trainer_of(algorithm, others=[late], max_duration="2ep").fit()
+        trainer_of(algorithm, others=[On(Event.BATCH_END, ask)], max_duration="3ep").fit()
 
 
 def test_random_picks_are_measured_in_each_tenth_selection_only():
