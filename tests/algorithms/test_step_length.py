@@ -157,9 +157,7 @@ def _adapted():
     return ComposerClassifier(nn.Sequential(nn.Linear(12, 16), nn.Tanh(), Adapted(16, 5)), num_classes=5)
 
 
-@pytest.mark.parametrize(
-    "make", [IN_PLACE.model, Temperature, _adapted], ids=["in place", "behind", "own"]
-)
+@pytest.mark.parametrize("make", [IN_PLACE.model, Temperature, _adapted], ids=["in place", "behind", "own"])
 def test_nothing_is_said_where_one_pass_does_not_show_the_output_layer(make):
     found, _, quiet = run(LossBackprop(**ON, keep=0.3, reuse_activations=True), make())
     assert quiet
