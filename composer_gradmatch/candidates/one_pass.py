@@ -72,6 +72,7 @@ class OnePass(Source):
         if self.single is not None:
             self.single.release()
         self.single, self.given_up = None, False
+        self.two_passes.reset_fit(state)
 
     def begin_step(self) -> None:
         """Releases the pass of a step that an error has ended: see :class:`.Source`."""
@@ -107,21 +108,35 @@ class OnePass(Source):
         if self.single is None:
             layer = None if watched is None else watched.of(state)
             self.single = _import_single_pass()(model, lambda: selection_pass.precision(state), layer)
-        single, labels = self.single, self.labels_of(state.batch, num_samples)
+        single = self.single
         with span("selection_forward"):
             outputs = single.forward(state.batch, num_samples)
         with single.no_trace(), selection_pass.precision(state):
             # Of a copy, since a loss may change its batch in place.
             losses = selection_pass.losses_of(state, outputs, copy_batch(state.batch), num_samples)
         if watched is None:
-            seen = losses.detach()
-            return Candidates(num_samples, losses=seen, labels=labels, finite=lambda: bool(all_finite(seen)))
+            return self._candidates_by_losses(state, single, losses, num_samples)
         with span("output_gradients"):
             rows = single.inputs_and_grads(losses)
             inputs, grads, outputs = (each.movedim(watched.sample_dim or 0, 0) for each in rows)
         layer = watched.of(state)
         gradients = LayerGradients.of(layer, inputs, grads, outputs, num_samples)
+        labels = self.labels_of(state.batch, num_samples)
         return candidates_of(num_samples, losses.detach(), [gradients], layer, labels)
+
+    def _candidates_by_losses(
+        self, state: State, single: SinglePass, losses: torch.Tensor, num_samples: int
+    ) -> Candidates:
+        """Gives losses and, now and then, the gradients that tell how long the step is."""
+        gauge, seen, labels = self.two_passes.gauge, losses.detach(), self.labels_of(state.batch, num_samples)
+        assert gauge is not None
+        measured = gauge.of_training_pass(state, single, losses)
+        if measured is None:
+            return Candidates(num_samples, losses=seen, labels=labels, finite=lambda: bool(all_finite(seen)))
+        layer, gradients = measured
+        candidates = candidates_of(num_samples, seen, [gradients], layer, labels)
+        candidates.look_at_losses_only()
+        return candidates
 
     def serve(self, state: State, picks: Picks) -> None:
         """Serves the picks' part of the pass to the Trainer: see :class:`.Source`."""

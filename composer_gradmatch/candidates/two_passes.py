@@ -79,12 +79,13 @@ class TwoPasses(Source):
     def __init__(self, selection_pass: SelectionPass, layer: WatchedLayer | None = None) -> None:
         super().__init__(selection_pass.reader)
         self.selection_pass, self.layer = selection_pass, layer
-        self._gauge = Gauge(selection_pass) if layer is None else None
+        #: Tells what the steps of a rule that looks at losses are worth; None for one that looks at gradients.
+        self.gauge = Gauge(selection_pass) if layer is None else None
 
     def reset_fit(self, state: State) -> None:
         """Forgets what belongs to one ``fit``: see :class:`.Source`."""
-        if self._gauge is not None:
-            self._gauge.reset_fit()
+        if self.gauge is not None:
+            self.gauge.reset_fit()
 
     @property
     def passes(self) -> Passes:
@@ -93,7 +94,7 @@ class TwoPasses(Source):
 
     def look(self, state: State, num_samples: int) -> Candidates:
         """Looks at the samples' losses and, with an output layer, at their last-layer gradients: :class:`.Source`."""
-        watched = self.layer if self._gauge is None else self._gauge.of_this_look(state)
+        watched = self.layer if self.gauge is None else self.gauge.of_this_look(state)
         if watched is None:
             return self._look_at_losses(state, num_samples)
         layer = watched.of(state)
@@ -103,7 +104,7 @@ class TwoPasses(Source):
             )
         losses, labels = joined([losses for _, losses in parts]), self.labels_of(state.batch, num_samples)
         candidates = candidates_of(num_samples, losses, [gradients for gradients, _ in parts], layer, labels)
-        if self._gauge is not None:
+        if self.gauge is not None:
             # The rule sees losses, and only what they are decides whether it can.
             candidates.look_at_losses_only()
         return candidates

@@ -10,7 +10,7 @@ from torch import nn
 from composer_gradmatch.reuse.capture import Pass
 from composer_gradmatch.reuse.unsupported import UndecidedError, UnsupportedError
 
-__all__ = ["inputs_and_grads"]
+__all__ = ["inputs_and_grads", "saved_inputs_and_grads"]
 
 
 def inputs_and_grads(
@@ -49,18 +49,60 @@ def inputs_and_grads(
     return inputs, grad.reshape(shape), leaf.detach().reshape(shape)
 
 
-@torch.no_grad()
+def saved_inputs_and_grads(
+    made: Pass, model: nn.Module, leaves: Sequence[torch.Tensor], losses: torch.Tensor
+) -> tuple[nn.Linear, torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """Finds the output layer of a pass that has watched none, by what the pass has saved for its backward pass.
+
+    A linear layer's weight gradient takes its inputs, so that these are saved; and which saved tensor they are, and of
+    which layer, is told by the numbers that the layer makes of them.
+
+    Args:
+        made (Pass): The pass, from which no picks have been taken.
+        model (nn.Module): The model.
+        leaves (Sequence[torch.Tensor]): What it returned, as leaves of the losses' graph.
+        losses (torch.Tensor): The samples' losses, shape (M,), with their graph, which is kept.
+
+    Returns:
+        tuple[nn.Linear, torch.Tensor, torch.Tensor, torch.Tensor] | None: The layer, its inputs, shape (M, D), the
+        gradients of its outputs, shape (M, C), and the leaf that has those. None where the losses do not depend on
+        exactly one output of the model, where this is no ``nn.Linear``'s output as it is, or where the layer runs at
+        several positions of each sample, has a ``forward`` of its own, or its inputs are not saved (frozen weights).
+    """
+    if not losses.requires_grad:
+        return None
+    grads = torch.autograd.grad(losses.sum(), leaves, allow_unused=True, retain_graph=True)
+    reached = [(leaf, grad) for leaf, grad in zip(leaves, grads, strict=True) if grad is not None]
+    if len(reached) != 1:
+        return None
+    (leaf, grad), m = reached[0], len(losses)
+    saved = [each for each in made.run.saved if isinstance(each, torch.Tensor) and each.is_floating_point()]
+    for layer in model.modules():
+        if not isinstance(layer, nn.Linear) or leaf.numel() != m * layer.out_features:
+            continue
+        if type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
+            continue
+        for inputs in saved:
+            if inputs.shape == (m, layer.in_features) and _is_made_of(leaf, layer, inputs.detach()):
+                return layer, inputs.detach(), grad.reshape(m, layer.out_features), leaf
+    return None
+
+
 def _position_of(layer: nn.Linear, inputs: torch.Tensor, leaves: Sequence[torch.Tensor]) -> int:
     """Tells which of a model's outputs holds what the output layer made of its inputs."""
-    wide = inputs.double()
-    outputs = nn.functional.linear(wide, layer.weight.to(wide), None if layer.bias is None else layer.bias.to(wide))
-    found = []
-    for i, leaf in enumerate(leaves):
-        if leaf.numel() == outputs.numel():
-            tolerance = 3e-2 if torch.bfloat16 in (leaf.dtype, inputs.dtype) else 3e-3
-            error = (leaf.reshape(outputs.shape).double() - outputs).norm()
-            if error <= tolerance * outputs.norm():
-                found.append(i)
+    found = [i for i, leaf in enumerate(leaves) if _is_made_of(leaf, layer, inputs)]
     if len(found) != 1:
         raise UnsupportedError("it does not return its output layer's output as it is")
     return found[0]
+
+
+@torch.no_grad()
+def _is_made_of(leaf: torch.Tensor, layer: nn.Linear, inputs: torch.Tensor) -> bool:
+    """Tells whether an output is, in any shape, what a layer makes of its inputs."""
+    if leaf.numel() * layer.in_features != inputs.numel() * layer.out_features:
+        return False
+    wide = inputs.double()
+    outputs = nn.functional.linear(wide, layer.weight.to(wide), None if layer.bias is None else layer.bias.to(wide))
+    tolerance = 3e-2 if torch.bfloat16 in (leaf.dtype, inputs.dtype) else 3e-3
+    error = (leaf.reshape(outputs.shape).double() - outputs).norm()
+    return bool(error <= tolerance * outputs.norm())

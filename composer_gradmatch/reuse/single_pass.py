@@ -40,7 +40,7 @@ from composer_gradmatch.reuse.minibatch import Minibatch
 from composer_gradmatch.reuse.model_forward import ModelForward
 from composer_gradmatch.reuse.model_state import ModelState
 from composer_gradmatch.reuse.output_checks import OutputChecks
-from composer_gradmatch.reuse.output_layer import inputs_and_grads
+from composer_gradmatch.reuse.output_layer import inputs_and_grads, saved_inputs_and_grads
 from composer_gradmatch.reuse.served_picks import ServedPicks
 from composer_gradmatch.reuse.spot_checks import SHARE, SpotChecks
 from composer_gradmatch.reuse.training_step import put_around_step, trainer_on_the_stack
@@ -158,6 +158,13 @@ class SinglePass:
         assert self._pass is not None
         assert self.layer is not None
         return inputs_and_grads(self._pass, self.layer, self._leaves, losses)
+
+    def saved_inputs_and_grads(
+        self, losses: torch.Tensor
+    ) -> tuple[nn.Linear, torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """Finds an output layer that was not watched: see :func:`.saved_inputs_and_grads`."""
+        assert self._pass is not None
+        return saved_inputs_and_grads(self._pass, self.model, self._leaves, losses)
 
     def serve(self, picks: torch.Tensor, picked: Any, weights: torch.Tensor | None, losses: Losses) -> None:
         """Serves the picks to the Trainer until :meth:`release`; verifies the pass, where that is due.

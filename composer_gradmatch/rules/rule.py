@@ -45,6 +45,9 @@ class Rule:
             as they should. Default: ``True``.
         takes_not_finite (bool, optional): Whether it sees itself to minibatches with losses or gradients that are not
             finite. Others are not shown them, and such minibatches are trained whole. Default: ``False``.
+        unbiased (bool, optional): Of a rule that looks at nothing, and so cannot measure its steps: whether the picks'
+            weighted mean gradient is the minibatch's in expectation, so that the step length is 1 in expectation.
+            Default: ``False``.
         color (str, optional): Its colour in the studies' figures, as matplotlib names it; None for the next free one.
             Default: ``None``.
         marker (str, optional): Its marker there; None for the next free one. Default: ``None``.
@@ -59,6 +62,7 @@ class Rule:
     needs: Needs = "gradients"
     weighs: bool = True
     takes_not_finite: bool = False
+    unbiased: bool = False
     color: str | None = None
     marker: str | None = None
 

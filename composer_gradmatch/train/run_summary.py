@@ -8,6 +8,7 @@ from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
+from composer_gradmatch.algorithms.rule_backprop import RuleBackprop
 from composer_gradmatch.algorithms.subset_backprop import SubsetBackprop
 from composer_gradmatch.batches import tensor_leaves
 
@@ -93,6 +94,7 @@ class RunSummary(LoggerDestination):
                 rows.append(("selection steps", f"{count:,}"))
             if count and kind in self.MEANS:
                 rows.append((self.MEANS[kind], f"{total / count:.3g}"))
+        rows += self._expected_length(state)
         rows += self._prediction()
         rows += _suspects_found(state)
         if self.trained_whole:
@@ -101,6 +103,14 @@ class RunSummary(LoggerDestination):
             rows.append(("batches not matched", f"{self.not_matched:,}"))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def _expected_length(self, state: State) -> list[tuple[str, str]]:
+        """Tells the step length of a rule that looks at nothing, and so has measured none."""
+        rules = [each.rule for each in state.algorithms if isinstance(each, RuleBackprop)]
+        known = any(rule.needs == "nothing" and rule.unbiased for rule in rules)
+        if not known or "effective_sample_size" not in self.sums or "step_length" in self.sums:
+            return []
+        return [(self.MEANS["step_length"], "1 in expectation (not measured: the rule looks at nothing)")]
 
     def _prediction(self) -> list[tuple[str, str]]:
         """Tells what the last layer's gradients say of random selection at the same cost."""
