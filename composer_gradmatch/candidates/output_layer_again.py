@@ -16,7 +16,7 @@ from composer_gradmatch.forward.ranks import is_sharded, unwrap
 from composer_gradmatch.forward.selection_pass import SelectionPass
 from composer_gradmatch.last_layer import OutputLayerTap
 
-__all__ = ["OutputLayerAgain"]
+__all__ = ["OutputLayerAgain", "are_the_layers"]
 
 
 class _Outputs(dict):
@@ -25,6 +25,23 @@ class _Outputs(dict):
     @property
     def logits(self) -> torch.Tensor:
         return self["logits"]
+
+
+def are_the_layers(outputs: Any, output: torch.Tensor) -> torch.Tensor | bool:
+    """Tells whether what a model returns, or its logits, is its output layer's output as it is.
+
+    Args:
+        outputs (Any): What the model returned.
+        output (torch.Tensor): The layer's output.
+
+    Returns:
+        torch.Tensor | bool: A boolean, which may be on the model's device.
+    """
+    found = outputs.get("logits") if isinstance(outputs, Mapping) else outputs
+    if not isinstance(found, torch.Tensor) or found.shape != output.shape:
+        return False
+    found, output = found.detach().float(), output.detach().float()
+    return ((found == output) | (found.isnan() & output.isnan())).all()
 
 
 def _made_of(output: torch.Tensor, outputs: Any) -> Any:
@@ -55,7 +72,11 @@ class OutputLayerAgain:
         return self._watched.of(state)
 
     def is_what_the_loss_takes(self, state: State) -> bool:
-        """Tells, by some samples of the batch, whether losses come out the same from the layer's output alone."""
+        """Tells, by some samples of the batch, whether the model returns the layer's output, and the loss takes that.
+
+        That losses come out the same is not enough: what is made of the output (a clamp, or 30·tanh(z/30)) may hardly
+        change it where logits are as small as at first.
+        """
         assert self._watched is not None
         if is_sharded(unwrap(state.model).modules()) or self._watched.sample_dim not in (None, 0):
             return False
@@ -63,7 +84,7 @@ class OutputLayerAgain:
         with self.selection_pass.no_trace(state), OutputLayerTap(self._layer(state)).open() as tap:
             outputs, losses = self.selection_pass.forward(state, copy_batch(batch), few)
             again = _made_of(tap.leaf.detach(), outputs)
-            if again is None:
+            if again is None or not are_the_layers(outputs, tap.leaf):
                 return False
             self._returns_mapping = isinstance(again, _Outputs)
             with torch.no_grad(), self.selection_pass.precision(state):

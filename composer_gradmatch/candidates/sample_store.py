@@ -112,6 +112,9 @@ class SampleStore:
     def due(self, numbers: torch.Tensor, now: int, refresh: int) -> torch.Tensor:
         """Tells which samples are to be looked at: never seen, or last seen at least so long ago.
 
+        A look of the future is as good as none: time has been put back since (``fit(reset_time=True)``), and how old it
+        is cannot be told.
+
         Args:
             numbers (torch.Tensor): Shape (M,).
             now (int): In the unit of the refresh.
@@ -120,7 +123,8 @@ class SampleStore:
         Returns:
             torch.Tensor: Boolean, shape (M,).
         """
-        return now - self.stamps[numbers] >= refresh
+        stamps = self.stamps[numbers]
+        return (now - stamps >= refresh) | (stamps > now)
 
     def put(self, seen: Seen, now: int) -> None:
         """Keeps what was seen of samples; of one that is there twice, the last.
@@ -187,7 +191,8 @@ class SampleStore:
         return {name: value.detach().cpu() for name, value in parts.items() if value is not None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned, of as many samples."""
-        for name, value in state.items():
+        """Restores what :meth:`state_dict` returned, of as many samples; of P only if it is kept here."""
+        names = ("stamps", "losses", "margins", "inputs", *(("output_grads",) if self.keeps_grads else ()))
+        for name, value in ((name, state[name]) for name in names if name in state):
             on_host = name in ("stamps", "margins")
             setattr(self, name, value.clone() if on_host else value.to(self.device, copy=True))

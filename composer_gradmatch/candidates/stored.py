@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from composer.core import State, Time, TimeUnit
 from composer.utils import dist
+from torch import nn
 
 from composer_gradmatch.batches.sample_numbers import Numbering
 from composer_gradmatch.candidates.output_layer_again import OutputLayerAgain
@@ -97,6 +98,8 @@ class StoredLooks(Source):
         self.numbers = torch.empty(0, dtype=torch.int64)
         #: Whether P and losses are computed from H; not known before the first batch.
         self._computes = False
+        #: The output layer that what is stored was made for.
+        self._made_for: nn.Linear | None = None
         self._said = False
         self._forget_step()
 
@@ -111,6 +114,7 @@ class StoredLooks(Source):
     def reset_fit(self, state: State) -> None:
         """Forgets a step: see :class:`.Source`."""
         self.two_passes.reset_fit(state)
+        self._made_for = None
         self._forget_step()
 
     def begin_fit(self, state: State) -> None:
@@ -159,6 +163,8 @@ class StoredLooks(Source):
 
     def look(self, state: State, num_samples: int) -> Candidates:
         """Looks at what is due: see :class:`.Source`."""
+        if self.layer is not None and self.layer.of(state) is not self._made_for:
+            self._prepare(state)  # It was replaced.
         store, numbers = self._store(state), self._check_numbers(num_samples)
         self._time = int(state.timestamp.get(self.refresh.unit).value)
         rows = self._rows_to_look_at(state, store, numbers)
@@ -187,7 +193,7 @@ class StoredLooks(Source):
         if wanted and fewest_in_a_microbatch(model) > 1:
             wanted = min(len(numbers), max(wanted, self.rows_for_batch_norm))
         oldest = store.stamps[numbers].argsort(stable=True)
-        # What is due is the oldest, but for stamps of the future in a checkpoint of other data.
+        # What is due is the oldest, but for stamps of the future.
         order = torch.cat([oldest[due[oldest]], oldest[~due[oldest]]])
         return order[:wanted].sort().values
 
@@ -261,29 +267,52 @@ class StoredLooks(Source):
         candidates = self.two_passes.rehearse(state, num_samples)
         if self.layer is not None:
             self._refuse_positions(candidates)
-            self._computes = self._again.is_what_the_loss_takes(state)
-            width = candidates.inputs.shape[1]
-            if SampleStore.width_within(self.numbering.size or 1, width, self.limit) < width:
-                self._computes = False
         if self.suspects is not None:
-            if not self._computes:
-                raise ValueError(
-                    "suspects are told by the output layer's logits on stored inputs, but the loss takes something "
-                    "else than that layer's output (or the store keeps a projection of its inputs: raise store_limit). "
-                    "Leave suspects out."
-                )
             margins_of(self._again.logits(state, candidates.inputs.float()), candidates.labels)
+        self._prepare(state)
         store = self._store(state)
         if not self._said:
             self._said = True
-            self._say(state, store, candidates)
+            self._say(state, store)
         return candidates
 
-    def _say(self, state: State, store: SampleStore, candidates: Candidates) -> None:
+    def _prepare(self, state: State) -> None:
+        """Finds out whether P can be computed from H, and forgets what is stored if it is not what this run keeps.
+
+        Raises:
+            ValueError: If margins of suspects cannot be told.
+        """
+        parts = self.store.state_dict() if self.store is not None else self._restored
+        widths: dict[str, int] = {}
+        can_compute = False
+        if self.layer is not None:
+            layer = self._made_for = self.layer.of(state)
+            widths["inputs"] = SampleStore.width_within(self.numbering.size or 1, layer.in_features, self.limit)
+            can_compute = widths["inputs"] == layer.in_features and self._again.is_what_the_loss_takes(state)
+            if self.suspects is not None:
+                _check_suspects(can_compute, layer.out_features)
+            if not can_compute or "output_grads" in parts:
+                widths["output_grads"] = layer.out_features
+        unit = parts.get("unit", self.refresh.unit.value)
+        fits = unit == self.refresh.unit.value and all(
+            name in parts and parts[name].shape[1] == width for name, width in widths.items()
+        )
+        if "stamps" in parts and not fits:
+            if bool((parts["stamps"] >= 0).any()):
+                self.selection_pass.warn(
+                    "what was stored of the samples' looks is not what is needed now (refresh in another unit, other "
+                    "suspects or store_limit, another rule or output layer): it is forgotten, and all samples are "
+                    "looked at again."
+                )
+            self.store, self._restored = None, {}
+        self._computes = can_compute and not (fits and "output_grads" in widths)
+
+    def _say(self, state: State, store: SampleStore) -> None:
         per_sample = 16
         if self.layer is not None:
-            width = SampleStore.width_within(store.size, candidates.inputs.shape[1], self.limit)
-            per_sample += 2 * width + (0 if self._computes else 4 * candidates.output_grads.shape[1])
+            layer = self.layer.of(state)
+            per_sample += 2 * SampleStore.width_within(store.size, layer.in_features, self.limit)
+            per_sample += 0 if self._computes else 4 * layer.out_features
         total = per_sample * store.size
         text = (
             f"{self.selection_pass.owner} keeps {per_sample:,} bytes of each of {store.size:,} samples "
@@ -312,7 +341,7 @@ class StoredLooks(Source):
         numbers = None if rows is None else self.numbers[rows]
         # Where losses and P are computed from H, H is all that there is to see.
         with_grads = self.layer is not None and not self._computes
-        self.training.before_loss(state, numbers, with_losses=not self._computes, with_grads=with_grads)
+        self.training.before_loss(state, numbers, rows, with_losses=not self._computes, with_grads=with_grads)
 
     def share(self, state: State) -> None:
         """Keeps what the step has shown, on all ranks alike.
@@ -320,27 +349,44 @@ class StoredLooks(Source):
         Args:
             state (State): At the end of a step, on all ranks.
         """
+        as_it_is = self.training.returned_as_it_is
         looks, trained, judged = self._seen, self.training.end(), self._judged
         if dist.get_world_size() == 1:
-            everything: list[Any] = [([], trained, [])]
+            everything: list[Any] = [([], trained, [], as_it_is)]
         else:
-            mine = [each.cpu() for each in looks], [each.cpu() for each in trained], judged
+            mine = [each.cpu() for each in looks], [each.cpu() for each in trained], judged, as_it_is
             everything = dist.all_gather_object(mine)
         store = self._store(state)
         for kind in (0, 1):  # What was trained on was seen last.
             for of_rank in everything:
                 for seen in of_rank[kind]:
                     store.put(seen, self._time)
-        for _, _, margins in everything:
+        for _, _, margins, _ in everything:
             for numbers, averages in margins:
                 store.margins[numbers] = averages
         self._seen, self._judged = [], []
+        if self._computes and not all(each for *_, each in everything):
+            self._compute_no_more(state)
+
+    def _compute_no_more(self, state: State) -> None:
+        """Begins to keep P, since it is not what follows from the layer's output alone any more."""
+        self.selection_pass.warn(
+            "the model has begun to make something else of its output layer's output (a clamp, a temperature), which "
+            "losses and gradients of stored inputs cannot be computed from: those of each look are kept from now on, "
+            "and all samples are looked at again."
+            + (" Suspects are told by the layer's own output." if self.suspects is not None else "")
+        )
+        margins = self._store(state).margins
+        self.store, self._computes = None, False
+        self._store(state).margins = margins
 
     def state_dict(self) -> dict[str, Any]:
         """Tells what a checkpoint keeps: all of the store, or nothing where that is too much."""
         if self.store is None:
             return self._restored
-        return self.store.state_dict() if self.store.bytes <= CHECKPOINT_LIMIT else {}
+        if self.store.bytes > CHECKPOINT_LIMIT:
+            return {}
+        return {**self.store.state_dict(), "unit": self.refresh.unit.value}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned."""
@@ -372,3 +418,22 @@ class StoredLooks(Source):
                 "positions of each (a language model's head). Leave refresh out, name a layer that runs once a sample "
                 "as output_layer, or use LossBackprop, whose losses can be kept."
             )
+
+
+def _check_suspects(can_compute: bool, num_outputs: int) -> None:
+    """Raises if margins of suspects cannot be told.
+
+    Raises:
+        ValueError: If the output layer's outputs are not what the loss takes, or are not the logits of classes.
+    """
+    if not can_compute:
+        raise ValueError(
+            "suspects are told by the output layer's logits on stored inputs, but the loss takes something else than "
+            "that layer's output (or the store keeps a projection of its inputs: raise store_limit). Leave suspects "
+            "out."
+        )
+    if num_outputs < 2:
+        raise ValueError(
+            "suspects are told by the probability of another class than the label's, but the output layer has one "
+            "output. Give it one for each class, with a cross-entropy of both, or leave suspects out."
+        )

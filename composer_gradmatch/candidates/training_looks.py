@@ -9,6 +9,7 @@ from composer.core import State
 from torch.utils.hooks import RemovableHandle
 
 from composer_gradmatch.batches import copy_batch
+from composer_gradmatch.candidates.output_layer_again import are_the_layers
 from composer_gradmatch.candidates.sample_store import Seen
 from composer_gradmatch.candidates.watched_layer import WatchedLayer
 from composer_gradmatch.forward.ranks import unwrap
@@ -37,7 +38,15 @@ class TrainingLooks:
         self._close()
         self._inputs: torch.Tensor | None = None
         self._outputs: torch.Tensor | None = None
+        self._version = 0
         self._seen: list[Seen] = []
+        self._samples: set[int] = set()
+        self._as_it_is: list[torch.Tensor | bool] = []
+
+    @property
+    def returned_as_it_is(self) -> bool:
+        """Whether the model has returned the layer's output as it is in all of the step."""
+        return all(map(bool, self._as_it_is))
 
     def _close(self) -> None:
         if self._hook is not None:
@@ -53,23 +62,39 @@ class TrainingLooks:
 
     def _see(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._inputs, self._outputs = first_input(args, kwargs), output
+        self._version = output._version if isinstance(output, torch.Tensor) else 0
 
     def before_loss(
-        self, state: State, numbers: torch.Tensor | None, with_losses: bool = True, with_grads: bool = False
+        self,
+        state: State,
+        numbers: torch.Tensor | None,
+        rows: torch.Tensor | None,
+        with_losses: bool = True,
+        with_grads: bool = False,
     ) -> None:
         """Takes what the microbatch has shown.
+
+        A microbatch of rows that the step has shown before is no look: where the step is made again, it may be at other
+        weights (SAM's are perturbed).
 
         Args:
             state (State): After the forward pass.
             numbers (torch.Tensor, optional): Its samples' numbers; None if its rows are not what was picked any more.
+            rows (torch.Tensor, optional): Which rows of the minibatch they are, likewise.
             with_losses (bool, optional): Whether losses are asked for. Default: ``True``.
             with_grads (bool, optional): Whether P is, too; then losses are. Default: ``False``.
         """
         self._close()
         inputs, outputs = self._inputs, self._outputs
         self._inputs = self._outputs = None
-        if numbers is None or (self.layer is not None and inputs is None):
+        if outputs is not None:
+            unchanged = isinstance(outputs, torch.Tensor) and outputs._version == self._version
+            self._as_it_is.append(unchanged and are_the_layers(state.outputs, outputs))
+        if numbers is None or rows is None or (self.layer is not None and inputs is None):
             return
+        if self._samples.issuperset(rows.tolist()):
+            return
+        self._samples.update(rows.tolist())
         n = len(numbers)
         losses, grads = (
             self._losses_and_grads(state, outputs if with_grads else None, n) if with_losses else (None,) * 2

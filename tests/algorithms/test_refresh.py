@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import BATCHNORM, CONV, MLP, ON, On, make_trainer
 from composer import Event
-from composer.algorithms import MixUp
+from composer.algorithms import SAM, MixUp
 from composer.loggers import InMemoryLogger
 from composer.models import ComposerClassifier
 from composer.utils import dist
@@ -21,6 +23,7 @@ from composer_gradmatch import (
     ImportanceBackprop,
     LossBackprop,
     RandomBackprop,
+    RuleBackprop,
     number_samples,
     select_first,
 )
@@ -133,7 +136,8 @@ def test_random_picks_are_measured_in_each_tenth_selection_only():
     assert len(metrics["step_length"]) == 3
 
 
-def test_a_training_step_counts_as_a_look_at_its_picks():
+@pytest.mark.parametrize("others", [[], [SAM(rho=0.5, interval=1)]], ids=["sgd", "sam"])
+def test_a_training_step_counts_as_a_look_at_its_picks(others):
     """The rows of H that are stored are those of the step's own forward pass, at the weights of that step."""
     model, data = MLP.model(), MLP.data(N)
     algorithm = GradMatch(**ON, keep=0.3, refresh="9ep")
@@ -145,7 +149,7 @@ def test_a_training_step_counts_as_a_look_at_its_picks():
             rows = model.module[:-1](data.tensors[0][picks])
         expected.update(zip(picks.tolist(), rows, strict=True))
 
-    others = [On(Event.BATCH_START, note)]
+    others = [On(Event.BATCH_START, note), *others]
     trainer_of(algorithm, model=model, data=data, others=others, device_train_microbatch_size=4).fit()
     store = algorithm.selector.store.store
     assert len(expected) > 20
@@ -180,6 +184,88 @@ def test_where_the_loss_takes_something_else_what_was_seen_is_kept():
     assert store.output_grads.abs().sum(1).gt(0).all()
     with pytest.raises(ValueError, match="suspects are told by"):
         fitted(GradMatch(**ON, refresh="9ep", output_layer="module.2", suspects=True), model=model)
+
+
+class Behind(nn.Module):
+    """Does something to its output layer's output."""
+
+    def __init__(self, behind):
+        super().__init__()
+        self.body, self.head, self.behind = nn.Sequential(nn.Linear(12, 16), nn.Tanh()), nn.Linear(16, 5), behind
+
+    def forward(self, inputs):
+        return self.behind(self.head(self.body(inputs)))
+
+
+def losses_that_were_seen(behind, *, suspects=False, before_batch=lambda state: None):
+    """Trains a model that stands still; gives what each step's rule saw, and what the samples' losses were."""
+    torch.manual_seed(0)
+    model = ComposerClassifier(Behind(behind), num_classes=5)
+    data = MLP.data(N)
+    algorithm = GradMatch(**ON, keep=0.3, refresh="9ep", output_layer="module.head", suspects=suspects)
+    look, seen = algorithm.selector.source.look, []
+
+    def noting(state, num_samples):
+        candidates, numbers = look(state, num_samples), algorithm.selector.store.numbers
+        with torch.no_grad():
+            outputs = model.module(data.tensors[0][numbers])
+        seen.append((candidates.losses, F.cross_entropy(outputs, data.tensors[1][numbers], reduction="none")))
+        return candidates
+
+    algorithm.selector.source.look = noting
+    others = [On(Event.BEFORE_DATALOADER, before_batch)]
+    trainer_of(algorithm, model=model, data=data, others=others, max_duration="4ep", lr=0.0).fit()
+    return seen, algorithm.selector.store.store
+
+
+def test_what_hardly_changes_small_logits_is_seen_all_the_same():
+    """As it grows they would be computed without it."""
+    seen, store = losses_that_were_seen(lambda logits: 30 * torch.tanh(logits / 30))
+    assert store.keeps_grads
+    for found, expected in seen:
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("suspects", [False, {"margin": 0.99}])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_a_model_begins_to_do_behind_its_output_layer_is_seen_in_the_step(in_place, suspects):
+    scale = [1.0]
+
+    def behind(logits):
+        return logits.mul_(scale[0]) if in_place and scale[0] != 1 else logits * scale[0]
+
+    def before_batch(state):
+        scale[0] = 1.0 if int(state.timestamp.batch) < 4 else 3.0
+
+    told = "begun to make something else.*all samples are looked at again"
+    with pytest.warns(UserWarning, match=told + (".*Suspects are told" if suspects else "")):
+        seen, store = losses_that_were_seen(behind, suspects=suspects, before_batch=before_batch)
+    assert store.keeps_grads
+    for step, (found, expected) in enumerate(seen):
+        if step != 4:
+            torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_an_output_layer_that_is_replaced_by_another_begins_a_new_store():
+    model, algorithm = MLP.model(), GradMatch(**ON, keep=0.3, refresh="9ep")
+
+    def replace(state):
+        if int(state.timestamp.epoch) == 2:
+            model.module[2] = nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 5))
+
+    with pytest.warns(UserWarning, match="not what is needed now"):
+        _, metrics = fitted(algorithm, model=model, others=[On(Event.EPOCH_START, replace)], max_duration="4ep")
+    assert metrics["fraction_looked_at"] == [1.0] * 3 + [0.0] * 3 + [1.0] * 3 + [0.0] * 3
+    assert algorithm.selector.store.store.inputs.shape == (N, 8)
+
+
+def test_time_that_is_put_back_makes_looks_none():
+    algorithm, logger = LossBackprop(**ON, keep=0.1, refresh="2ep"), InMemoryLogger()
+    trainer = trainer_of(algorithm, loggers=[logger], max_duration="6ep")
+    trainer.fit()
+    trainer.fit(duration="6ep", reset_time=True)
+    looked = [value for _, value in logger.data["loss_backprop/fraction_looked_at"]]
+    assert looked[18:24] == looked[:6] == [1.0] * 3 + [0.0] * 3
 
 
 def noisy(n=200, wrong=20):
@@ -271,6 +357,36 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path):
     fitted(GradMatch(**ON, refresh="2ep"), save_folder=str(tmp_path), max_duration="1ep")
     with pytest.raises(ValueError, match="store of 60 samples, but the training data have 80"):
         fitted(GradMatch(**ON, refresh="2ep"), data=MLP.data(80), load_path=str(next(tmp_path.glob("ep1-*.pt"))))
+
+
+#: Half of the width of H.
+HALF = 60 * 2 * 8 / 2**30
+JUDGED = {"margin": 0.99}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (partial(LossBackprop, refresh="5ep"), partial(LossBackprop, refresh="5ep", suspects=JUDGED)),
+        (partial(RuleBackprop, "top_loss", refresh="5ep"), partial(RuleBackprop, "grand", refresh="5ep")),
+        (partial(GradMatch, refresh="5ep"), partial(GradMatch, refresh="5ep", store_limit=HALF)),
+        (partial(GradMatch, refresh="5ep", store_limit=HALF), partial(GradMatch, refresh="5ep")),
+        (partial(GradMatch, refresh="30ba"), partial(GradMatch, refresh="5ep")),
+    ],
+    ids=["suspects", "rule", "projected", "whole", "unit"],
+)
+def test_a_checkpoint_that_keeps_something_else_is_begun_anew(before, after, tmp_path):
+    fitted(before(**ON, keep=0.3), save_folder=str(tmp_path), max_duration="2ep")
+    with pytest.warns(UserWarning, match="not what is needed now"):
+        _, metrics = fitted(after(**ON, keep=0.3), max_duration="4ep", load_path=str(next(tmp_path.glob("ep2-*.pt"))))
+    assert metrics["fraction_looked_at"] == [1.0] * 3 + [0.0] * 3
+
+
+def test_a_checkpoint_that_keeps_more_is_taken(tmp_path):
+    fitted(LossBackprop(**ON, keep=0.3, refresh="5ep", suspects=JUDGED), save_folder=str(tmp_path), max_duration="2ep")
+    after = LossBackprop(**ON, keep=0.3, refresh="5ep")
+    _, metrics = fitted(after, max_duration="4ep", load_path=str(next(tmp_path.glob("ep2-*.pt"))))
+    assert metrics["fraction_looked_at"] == [0.0] * 6
 
 
 def test_a_store_that_is_too_large_for_a_checkpoint_says_so(monkeypatch):
@@ -383,3 +499,15 @@ def test_suspects_ask_for_classes():
             data=REGRESSION.data(24),
             batch_size=12,
         )
+
+
+def test_suspects_ask_for_an_output_of_each_class():
+    def loss(outputs, targets, reduction="mean"):
+        return F.binary_cross_entropy_with_logits(outputs[:, 0], (targets > 2).float(), reduction=reduction)
+
+    torch.manual_seed(0)
+    model = ComposerClassifier(
+        nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 1)), num_classes=5, loss_fn=loss
+    )
+    with pytest.raises(ValueError, match="one output"):
+        fitted(GradMatch(**ON, refresh="2ep", suspects=True), model=model)

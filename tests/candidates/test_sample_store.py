@@ -32,6 +32,13 @@ def test_what_was_put_is_there_in_half_precision_and_is_due_by_its_age():
     assert store.due(numbers, 9, 5).tolist() == [True, True, True]
 
 
+def test_a_look_of_the_future_is_none():
+    store = SampleStore(2)
+    store.put(seen([0]), 9)
+    assert store.due(torch.tensor([0]), 8, 5).all()
+    assert not store.due(torch.tensor([0]), 9, 5).any()
+
+
 def test_of_a_sample_that_is_there_twice_the_last_counts():
     store, now = SampleStore(4), seen([2, 2, 1])
     store.put(now, 0)
