@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+import torch.nn.functional as F
 
+from composer_gradmatch.last_layer import OutputLayer
 from composer_gradmatch.reuse.capture import Pass
 from composer_gradmatch.reuse.unsupported import UndecidedError, UnsupportedError
 
@@ -14,13 +15,13 @@ __all__ = ["inputs_and_grads"]
 
 
 def inputs_and_grads(
-    made: Pass, layer: nn.Linear, leaves: Sequence[torch.Tensor], losses: torch.Tensor
+    made: Pass, layer: OutputLayer, leaves: Sequence[torch.Tensor], losses: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Finds H, P and the outputs of the output layer in a pass.
 
     Args:
         made (Pass): The pass, which has watched the layer.
-        layer (nn.Linear): The output layer.
+        layer (OutputLayer): The output layer.
         leaves (Sequence[torch.Tensor]): What the model returned, as leaves of the losses' graph.
         losses (torch.Tensor): The samples' losses, shape (M,).
 
@@ -46,19 +47,19 @@ def inputs_and_grads(
         raise UnsupportedError("its losses depend on other outputs than the output layer's")
     (grad,) = (grad for grad in grads if grad is not None)
     shape = (*inputs.shape[:-1], layer.out_features)
-    return inputs, grad.reshape(shape), leaf.detach().reshape(shape)
+    return inputs, layer.rows_of_outputs(grad, shape), layer.rows_of_outputs(leaf.detach(), shape)
 
 
 @torch.no_grad()
-def _position_of(layer: nn.Linear, inputs: torch.Tensor, leaves: Sequence[torch.Tensor]) -> int:
+def _position_of(layer: OutputLayer, inputs: torch.Tensor, leaves: Sequence[torch.Tensor]) -> int:
     """Tells which of a model's outputs holds what the output layer made of its inputs."""
     wide = inputs.double()
-    outputs = nn.functional.linear(wide, layer.weight.to(wide), None if layer.bias is None else layer.bias.to(wide))
+    outputs = F.linear(wide, layer.weight.to(wide), None if layer.bias is None else layer.bias.to(wide))
     found = []
     for i, leaf in enumerate(leaves):
         if leaf.numel() == outputs.numel():
             tolerance = 3e-2 if torch.bfloat16 in (leaf.dtype, inputs.dtype) else 3e-3
-            error = (leaf.reshape(outputs.shape).double() - outputs).norm()
+            error = (layer.rows_of_outputs(leaf, tuple(outputs.shape)).double() - outputs).norm()
             if error <= tolerance * outputs.norm():
                 found.append(i)
     if len(found) != 1:
