@@ -143,11 +143,13 @@ class Lockstep(Callback):
         if self.strategy.rule == "any" or self.strategy.rule in self.row.any_picks:
             return
         model = copy.deepcopy(self.reference)
+        # Of a weight that is an embedding, too, the head's use of it.
+        head = list(model.head_apart().values() if hasattr(model, "head_apart") else model.head.parameters())
         losses = self.row.losses(model, model(self.form.pack(doubled(fields))), fields)
         if self.strategy.rule == "largest losses":
             assert set(indices.tolist()) == set(losses.topk(m).indices.tolist()), where + "not the largest losses"
             return
-        gradients = per_sample_gradients(lambda i: losses[i], list(model.head.parameters()), n).numpy()
+        gradients = per_sample_gradients(lambda i: losses[i], head, n).numpy()
         found = brute_force_omp(gradients, gradients.mean(0), m)
         right, right_weights = clip_and_normalize(*found[:2])
         assert min(found[2]) > 1e-5, where + "the row leaves it to rounding which sample is picked"

@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "registered": set(),
     "rules": {"last_layer", "matching", "registered", "spans"},
     "forward": {"batches", "spans"},
-    "reuse": {"batches", "forward"},
+    "reuse": {"batches", "forward", "last_layer"},
     "candidates": {"batches", "forward", "last_layer", "reuse", "rules", "spans"},
     "algorithms": {"batches", "candidates", "forward", "last_layer", "matching", "rules", "spans"},
     "models": set(),

@@ -80,7 +80,7 @@ def select_using_gradient_matching(
         if output_layer is None:
             layer = observe_output_layer(model, scaled)
         else:
-            layer = resolve_output_layer(model, output_layer)
+            layer = resolve_output_layer(model, output_layer, scaled)
         with CheckedTap(model, layer, output_layer is not None).open() as tap:
             losses = loss_fun(model(scaled), target, reduction="none")
             if losses.shape[:1] != input.shape[:1]:

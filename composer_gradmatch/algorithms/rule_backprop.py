@@ -48,8 +48,9 @@ class RuleBackprop(SubsetBackprop):
         input_key (str | int | tuple[Callable, Callable] | Any, optional): Where a batch has its inputs: a key or a
             pair of getter and setter. Default: ``0``.
         target_key (str | int | tuple[Callable, Callable] | Any, optional): The same for its targets. Default: ``1``.
-        output_layer (str | nn.Module, optional): The ``nn.Linear`` whose gradients stand for the model's: a dotted
-            name or the module itself. ``None`` finds the one that put out what the model returns (its ``logits``, if
+        output_layer (str | nn.Module, optional): The layer whose gradients stand for the model's, an ``nn.Linear``,
+            a convolution with a kernel of one element, or what has the weight of a matrix product: a dotted name or
+            the module itself. ``None`` finds the one that put out what the model returns (its ``logits``, if
             it names them), or what that is made from by nothing learned. Its output must be its input times its
             weight plus its bias; where the loss goes through other parameters behind it, one that was found is an
             error, and one that was named a warning. Default: ``None``.

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from composer.core import State
-from torch import nn
 
 from composer_gradmatch.batches import copy_batch
 from composer_gradmatch.candidates.watched_layer import WatchedLayer
 from composer_gradmatch.forward.ranks import needs_all_ranks, unwrap
 from composer_gradmatch.forward.selection_pass import SelectionPass
 from composer_gradmatch.forward.torch_private import uncompiled
+from composer_gradmatch.last_layer import OutputLayer
 from composer_gradmatch.last_layer.gradients import LayerGradients
 from composer_gradmatch.last_layer.graph import learned_behind
 
@@ -68,7 +68,7 @@ class Gauge:
 
     def of_training_pass(
         self, state: State, single: SinglePass, losses: torch.Tensor
-    ) -> tuple[nn.Linear, LayerGradients] | None:
+    ) -> tuple[OutputLayer, LayerGradients] | None:
         """Gives the output layer and H and P of a training step's own pass, if they are to be looked at; None if not.
 
         Args:

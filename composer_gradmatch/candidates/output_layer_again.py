@@ -8,13 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from composer.core import State
-from torch import nn
 
 from composer_gradmatch.batches import copy_batch
 from composer_gradmatch.candidates.watched_layer import WatchedLayer
 from composer_gradmatch.forward.ranks import is_sharded, unwrap
 from composer_gradmatch.forward.selection_pass import SelectionPass
-from composer_gradmatch.last_layer import OutputLayerTap
+from composer_gradmatch.last_layer import OutputLayer, OutputLayerTap
 
 __all__ = ["OutputLayerAgain", "are_the_layers"]
 
@@ -67,7 +66,7 @@ class OutputLayerAgain:
         #: Whether the model returns a mapping with the layer's output as its logits.
         self._returns_mapping = False
 
-    def _layer(self, state: State) -> nn.Linear:
+    def _layer(self, state: State) -> OutputLayer:
         assert self._watched is not None
         return self._watched.of(state)
 

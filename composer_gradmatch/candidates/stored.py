@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from composer.core import State, Time, TimeUnit
 from composer.utils import dist
-from torch import nn
 
 from composer_gradmatch.batches.sample_numbers import Numbering
 from composer_gradmatch.candidates.output_layer_again import OutputLayerAgain
@@ -21,6 +20,7 @@ from composer_gradmatch.candidates.two_passes import TwoPasses
 from composer_gradmatch.forward.batch_norm import fewest_in_a_microbatch
 from composer_gradmatch.forward.ranks import largest_on_all_ranks, needs_all_ranks, unwrap
 from composer_gradmatch.forward.sample_checks import Rows
+from composer_gradmatch.last_layer import OutputLayer
 from composer_gradmatch.last_layer.gradients import all_finite
 from composer_gradmatch.rules.candidates import Candidates
 from composer_gradmatch.rules.cost import FORWARD_SHARE, Passes
@@ -99,7 +99,7 @@ class StoredLooks(Source):
         #: Whether P and losses are computed from H; not known before the first batch.
         self._computes = False
         #: The output layer that what is stored was made for.
-        self._made_for: nn.Linear | None = None
+        self._made_for: OutputLayer | None = None
         self._said = False
         self._forget_step()
 
@@ -163,7 +163,7 @@ class StoredLooks(Source):
 
     def look(self, state: State, num_samples: int) -> Candidates:
         """Looks at what is due: see :class:`.Source`."""
-        if self.layer is not None and self.layer.of(state) is not self._made_for:
+        if self.layer is not None and self.layer.of(state) != self._made_for:
             self._prepare(state)  # It was replaced.
         store, numbers = self._store(state), self._check_numbers(num_samples)
         self._time = int(state.timestamp.get(self.refresh.unit).value)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from composer.core import State
-from torch.utils.hooks import RemovableHandle
 
 from composer_gradmatch.batches import copy_batch
 from composer_gradmatch.candidates.output_layer_again import are_the_layers
@@ -15,7 +12,7 @@ from composer_gradmatch.candidates.watched_layer import WatchedLayer
 from composer_gradmatch.forward.ranks import unwrap
 from composer_gradmatch.forward.selection_pass import SelectionPass
 from composer_gradmatch.forward.traceless import beside_training
-from composer_gradmatch.last_layer import first_input
+from composer_gradmatch.last_layer import Watch
 
 __all__ = ["TrainingLooks"]
 
@@ -30,7 +27,7 @@ class TrainingLooks:
 
     def __init__(self, selection_pass: SelectionPass, layer: WatchedLayer | None) -> None:
         self.selection_pass, self.layer = selection_pass, layer
-        self._hook: RemovableHandle | None = None
+        self._watch: Watch | None = None
         self.clear()
 
     def clear(self) -> None:
@@ -49,20 +46,21 @@ class TrainingLooks:
         return all(map(bool, self._as_it_is))
 
     def _close(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook = None
+        if self._watch is not None:
+            self._watch.close()
+        self._watch = None
 
     def before_forward(self, state: State) -> None:
         """Begins to watch a microbatch."""
         self._close()
         self._inputs = self._outputs = None
         if self.layer is not None:
-            self._hook = self.layer.of(state).register_forward_hook(self._see, with_kwargs=True)
+            self._watch = self.layer.of(state).watch(self._see)
+            self._watch.open()
 
-    def _see(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self._inputs, self._outputs = first_input(args, kwargs), output
-        self._version = output._version if isinstance(output, torch.Tensor) else 0
+    def _see(self, inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        self._inputs, self._outputs, self._version = inputs, output, output._version
+        return output  # So that the loss goes through what was seen.
 
     def before_loss(
         self,

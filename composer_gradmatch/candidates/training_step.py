@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 from composer.core import State
-from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from composer_gradmatch.batches import copy_batch
 from composer_gradmatch.candidates.two_passes import candidates_of
@@ -15,7 +13,7 @@ from composer_gradmatch.candidates.watched_layer import WatchedLayer
 from composer_gradmatch.forward.ranks import unwrap
 from composer_gradmatch.forward.selection_pass import SelectionPass
 from composer_gradmatch.forward.traceless import beside_training
-from composer_gradmatch.last_layer import first_input
+from composer_gradmatch.last_layer import Watch
 from composer_gradmatch.last_layer.gradients import LayerGradients
 from composer_gradmatch.rules.candidates import Candidates
 
@@ -34,12 +32,13 @@ class _Microbatch:
         #: Whether the layer ran more than once.
         self.twice = False
 
-    def see_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def see_forward(self, inputs: Any, output: Any) -> Any:
         self.twice |= self.inputs is not None
         if self.twice or not isinstance(output, torch.Tensor) or not output.requires_grad:
-            return
-        self.inputs, self.outputs = first_input(args, kwargs).detach(), output.detach()
+            return None
+        self.inputs, self.outputs = inputs.detach(), output.detach()
         output.register_hook(self._see_backward)
+        return output  # So that the loss goes through what was seen.
 
     def _see_backward(self, grads: torch.Tensor) -> None:
         if self.grads is None:  # A closure may be run again.
@@ -66,7 +65,7 @@ class TrainingStep:
 
     def __init__(self, selection_pass: SelectionPass, layer: WatchedLayer, with_losses: bool = False) -> None:
         self.selection_pass, self.layer, self.with_losses = selection_pass, layer, with_losses
-        self._hook: RemovableHandle | None = None
+        self._watch: Watch | None = None
         self.clear()
 
     def clear(self) -> None:
@@ -75,15 +74,16 @@ class TrainingStep:
         self._microbatches: list[_Microbatch] = []
 
     def _close(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook = None
+        if self._watch is not None:
+            self._watch.close()
+        self._watch = None
 
     def before_forward(self, state: State, num_samples: int) -> None:
         """Begins to watch a microbatch of ``num_samples`` samples."""
         self._close()
         self._microbatches.append(_Microbatch(num_samples))
-        self._hook = self.layer.of(state).register_forward_hook(self._microbatches[-1].see_forward, with_kwargs=True)
+        self._watch = self.layer.of(state).watch(self._microbatches[-1].see_forward)
+        self._watch.open()
 
     @torch.no_grad()
     def before_loss(self, state: State) -> None:

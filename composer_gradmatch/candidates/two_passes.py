@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from composer.core import State
-from torch import nn
 
 from composer_gradmatch.candidates.gauge import Gauge
 from composer_gradmatch.candidates.source import Source
@@ -15,7 +14,7 @@ from composer_gradmatch.candidates.watched_layer import WatchedLayer
 from composer_gradmatch.forward.ranks import unwrap
 from composer_gradmatch.forward.sample_checks import Rows, normalised_by_running_statistics
 from composer_gradmatch.forward.selection_pass import SelectionPass
-from composer_gradmatch.last_layer import OutputLayerTap
+from composer_gradmatch.last_layer import OutputLayer, OutputLayerTap
 from composer_gradmatch.last_layer.gradients import (
     LayerGradients,
     all_finite,
@@ -35,7 +34,7 @@ def candidates_of(
     num_samples: int,
     losses: torch.Tensor,
     parts: Sequence[LayerGradients],
-    layer: nn.Linear,
+    layer: OutputLayer,
     labels: Callable[[], torch.Tensor] | None = None,
 ) -> Candidates:
     """Makes candidates of what was seen at the output layer.
@@ -44,7 +43,7 @@ def candidates_of(
         num_samples (int): M.
         losses (torch.Tensor): ℓ, shape (M,).
         parts (Sequence[LayerGradients]): H and P, in the order of the samples.
-        layer (nn.Linear): The output layer.
+        layer (OutputLayer): The output layer.
         labels (Callable, optional): Reads the samples' classes. Default: ``None``.
     """
 

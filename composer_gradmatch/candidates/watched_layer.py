@@ -11,7 +11,14 @@ from composer_gradmatch.forward.ranks import unwrap
 from composer_gradmatch.forward.selection_pass import SelectionPass
 from composer_gradmatch.forward.torch_private import changed_a_leaf_in_place
 from composer_gradmatch.forward.traceless import no_trace
-from composer_gradmatch.last_layer import CheckedTap, OutputLayerTap, observe_output_layer, resolve_output_layer
+from composer_gradmatch.last_layer import (
+    CheckedTap,
+    OutputLayer,
+    OutputLayerTap,
+    check_named,
+    observe_output_layer,
+    resolve_output_layer,
+)
 
 __all__ = ["WatchedLayer"]
 
@@ -38,8 +45,8 @@ class WatchedLayer:
 
     def reset_fit(self) -> None:
         """Forgets the layer: algorithms may have replaced modules since the last ``fit``."""
-        self._layer: nn.Linear | None = None
-        self._name: str | None = None
+        self._layer: OutputLayer | None = None
+        self._names: list[str] = []
         self.sample_dim: int | None = None
         #: Whether its output must be copied, since what follows changes it in place.
         self._changed_in_place = False
@@ -54,26 +61,32 @@ class WatchedLayer:
             ValueError: If the name names no linear layer, or there is none at all.
         """
         if self.chosen is not None:
-            resolve_output_layer(model, self.chosen)
-        elif not any(isinstance(module, nn.Linear) for module in model.modules()):
+            check_named(model, self.chosen)
+        elif not any(parameter.dim() > 1 for parameter in model.parameters()):
             raise ValueError(
-                f"{type(model).__name__} has no nn.Linear, but {self.selection_pass.owner} matches the gradients of a "
-                "linear output layer. Use LossBackprop or RandomBackprop, which need none."
+                f"{type(model).__name__} has no nn.Linear, and no other weight that is a matrix, but "
+                f"{self.selection_pass.owner} matches the gradients of a linear output layer. Use LossBackprop or "
+                "RandomBackprop, which need none."
             )
 
-    def of(self, state: State) -> nn.Linear:
+    def of(self, state: State) -> OutputLayer:
         """Finds the layer, in a pass over a few samples of the batch, if it is not known."""
         model = unwrap(state.model)
-        if self._layer is not None and self._name is not None and _module_at(model, self._name) is not self._layer:
-            self._layer = self.sample_dim = None  # It was replaced.
+        if self._layer is not None:
+            now = [_module_at(model, name) for name in self._names]
+            if any(each is not module for each, module in zip(now, self._layer.modules, strict=False)):
+                self._layer = self.sample_dim = None  # It was replaced.
         if self._layer is None:
-            if self.chosen is not None:
-                self._layer = resolve_output_layer(model, self.chosen)
-            else:
-                batch, _ = self.selection_pass.few(state)
-                with no_trace(model), self.selection_pass.precision(state):
-                    self._layer = observe_output_layer(model, self.selection_pass.scaled(batch))
-            self._name = next((name for name, each in model.named_modules() if each is self._layer), None)
+            batch, _ = self.selection_pass.few(state)
+            batch = self.selection_pass.scaled(batch)
+            with no_trace(model), self.selection_pass.precision(state):
+                if self.chosen is None:
+                    self._layer = observe_output_layer(model, batch)
+                else:
+                    self._layer = resolve_output_layer(model, self.chosen, batch)
+            names = {id(module): name for name, module in model.named_modules()}
+            found = [names.get(id(module)) for module in self._layer.modules]
+            self._names = [name for name in found if name is not None] if None not in found else []
         return self._layer
 
     def tap(self, state: State) -> OutputLayerTap:
@@ -99,6 +112,6 @@ class WatchedLayer:
 
 def _module_at(model: nn.Module, name: str) -> nn.Module | None:
     module: Any = model
-    for part in name.split("."):
+    for part in name.split(".") if name else []:
         module = getattr(module, part, None)
     return module

@@ -10,6 +10,7 @@ from torch import nn
 
 from composer_gradmatch.last_layer.find import NEEDS_NONE, name_of
 from composer_gradmatch.last_layer.graph import learned_behind
+from composer_gradmatch.last_layer.layers import OutputLayer
 from composer_gradmatch.last_layer.linearity import watch_linearity
 from composer_gradmatch.last_layer.tap import OutputLayerTap
 
@@ -17,13 +18,13 @@ __all__ = ["CheckedTap", "check_output_layer"]
 
 
 def check_output_layer(
-    model: nn.Module, layer: nn.Linear, leaf: torch.Tensor, losses: torch.Tensor, chosen: bool
+    model: nn.Module, layer: OutputLayer, leaf: torch.Tensor, losses: torch.Tensor, chosen: bool
 ) -> str | None:
     """Checks that the losses go through a layer first, and through nothing learned behind it.
 
     Args:
         model (nn.Module): The model, for names.
-        layer (nn.Linear): The output layer.
+        layer (OutputLayer): The output layer.
         leaf (torch.Tensor): Its output, where the graph was cut.
         losses (torch.Tensor): The samples' losses, shape (M,), with their graph from ``leaf``, which is kept.
         chosen (bool): Whether the user named the layer.
@@ -47,8 +48,8 @@ def check_output_layer(
         )
     raise ValueError(
         f"The output layer was taken for {name}, but the loss depends on other parameters first: behind or beside its "
-        f"output there are {listed}. If an nn.Linear has them, pass it as output_layer; if none has (a head "
-        "that is F.linear(x, weight), say), write it as an nn.Linear with this weight. To match the gradient of "
+        f"output there are {listed}. If an nn.Linear has them, pass it as output_layer; if none "
+        "has, write what has them as one. To match the gradient of "
         f"{name} all the same, pass it as output_layer. {NEEDS_NONE}"
     )
 
@@ -58,14 +59,14 @@ class CheckedTap(OutputLayerTap):
 
     Args:
         model (nn.Module): The model, for names.
-        layer (nn.Linear): The output layer.
+        layer (OutputLayer): The output layer.
         chosen (bool): Whether the user named the layer.
 
     Attributes:
         warning (str, optional): What is to be said of a layer that the user named; None for nothing.
     """
 
-    def __init__(self, model: nn.Module, layer: nn.Linear, chosen: bool) -> None:
+    def __init__(self, model: nn.Module, layer: OutputLayer, chosen: bool) -> None:
         super().__init__(layer)
         self.model, self.chosen = model, chosen
         self.warning: str | None = None
@@ -81,9 +82,9 @@ class CheckedTap(OutputLayerTap):
             yield self
         for fault in faults:
             raise ValueError(
-                f"The output layer {name_of(self.model, self.layer)}, a {type(self.layer).__name__}, does not put out "
+                f"The output layer {name_of(self.model, self.layer)}, {self.layer.kind}, does not put out "
                 f"its input times its weight plus its bias: {fault}. The gradients that would be matched are not its "
-                "own. Normalise and scale before or behind a plain nn.Linear (without hooks that change its output), "
+                "own. Normalise and scale before or behind a plain layer (without hooks that change its output), "
                 f"or pass another one as output_layer. {NEEDS_NONE}"
             )
 

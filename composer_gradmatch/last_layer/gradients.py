@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor
 
 from composer_gradmatch.last_layer.gram import last_layer_gram
+from composer_gradmatch.last_layer.layers import OutputLayer
 from composer_gradmatch.last_layer.position_gram import SoftmaxGrads, position_gram
 
 __all__ = ["STORED_BYTES", "LayerGradients", "all_finite", "all_grads", "all_inputs", "gram_of_all", "joined"]
@@ -51,12 +51,12 @@ class LayerGradients:
 
     @classmethod
     def of(
-        cls, layer: nn.Linear, inputs: torch.Tensor, grads: torch.Tensor, outputs: torch.Tensor, num_samples: int
+        cls, layer: OutputLayer, inputs: torch.Tensor, grads: torch.Tensor, outputs: torch.Tensor, num_samples: int
     ) -> LayerGradients:
         """Keeps what the Gram matrix needs of some of ``num_samples`` samples.
 
         Args:
-            layer (nn.Linear): The output layer.
+            layer (OutputLayer): The output layer.
             inputs (torch.Tensor): Their H, shape (n, D) or (n, T, D).
             grads (torch.Tensor): Their P, shape (n, C) or (n, T, C).
             outputs (torch.Tensor): What the layer put out, of P's shape.
@@ -80,7 +80,7 @@ class LayerGradients:
         return cls(keep(inputs), rows, counts, finite)
 
 
-def _is_whole(layer: nn.Linear) -> bool:
+def _is_whole(layer: OutputLayer) -> bool:
     """Tells whether this process holds all of the layer's weight, which FSDP spreads over the ranks."""
     return not isinstance(layer.weight, DTensor) and layer.weight.shape == (layer.out_features, layer.in_features)
 
@@ -94,17 +94,17 @@ def all_inputs(parts: Sequence[LayerGradients]) -> torch.Tensor:
     return joined([part.inputs for part in parts])
 
 
-def all_grads(parts: Sequence[LayerGradients], layer: nn.Linear) -> torch.Tensor:
+def all_grads(parts: Sequence[LayerGradients], layer: OutputLayer) -> torch.Tensor:
     """Puts the rows of P together, shape (N, C), also those that were kept as what they can be computed from.
 
     Args:
         parts (Sequence[LayerGradients]): In the order of the samples.
-        layer (nn.Linear): The output layer.
+        layer (OutputLayer): The output layer.
     """
     return _columns(parts, layer)(0, layer.out_features)
 
 
-def _columns(parts: Sequence[LayerGradients], layer: nn.Linear) -> Callable[[int, int], torch.Tensor]:
+def _columns(parts: Sequence[LayerGradients], layer: OutputLayer) -> Callable[[int, int], torch.Tensor]:
     """Gives a function that gives some columns of P."""
     weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
 
@@ -120,12 +120,12 @@ def _columns(parts: Sequence[LayerGradients], layer: nn.Linear) -> Callable[[int
     return columns
 
 
-def gram_of_all(parts: Sequence[LayerGradients], layer: nn.Linear) -> torch.Tensor:
+def gram_of_all(parts: Sequence[LayerGradients], layer: OutputLayer) -> torch.Tensor:
     """Computes K of all parts' samples, shape (M, M), float64, on the layer's device.
 
     Args:
         parts (Sequence[LayerGradients]): In the order of the samples.
-        layer (nn.Linear): The output layer.
+        layer (OutputLayer): The output layer.
     """
     inputs = all_inputs(parts)
     stored = [part.grads for part in parts if isinstance(part.grads, torch.Tensor)]

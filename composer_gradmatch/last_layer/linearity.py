@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from composer_gradmatch.last_layer.tap import first_input
+from composer_gradmatch.last_layer.layers import ModuleLayer, OutputLayer
 
 __all__ = ["linear_fault", "watch_linearity"]
 
@@ -24,45 +24,42 @@ _ROWS, _COLUMNS = 256, 4096
 
 
 @contextmanager
-def watch_linearity(layer: nn.Linear) -> Iterator[list[str]]:
+def watch_linearity(layer: OutputLayer) -> Iterator[list[str]]:
     """Lists what is wrong with taking a layer for a linear one, as it runs while the context is open.
 
     Args:
-        layer (nn.Linear): The layer. It is compared while it runs, when FSDP has gathered its weight.
+        layer (OutputLayer): The layer. It is compared while it runs, when FSDP has gathered its weight.
     """
     faults: list[str] = []
 
-    def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        fault = linear_fault(layer, first_input(args, kwargs), output)
+    def compare(inputs: Any, output: Any) -> None:
+        fault = linear_fault(layer, inputs, output)
         if fault is not None:
             faults.append(fault)
 
-    handle = layer.register_forward_hook(compare, with_kwargs=True)
-    try:
+    with layer.watch(compare):
         yield faults
-    finally:
-        handle.remove()
 
 
 @torch.no_grad()
-def linear_fault(layer: nn.Linear, inputs: Any, output: Any) -> str | None:
+def linear_fault(layer: OutputLayer, inputs: Any, output: Any) -> str | None:
     """Tells what a layer put out that its input times its weight plus its bias is not; None if nothing.
 
     A forward of a subclass's own is also called with other numbers in all of the layer's parameters: adapters and
     scales start out where they change nothing. Parametrisations of the weight are taken as they are: what is matched
     is the gradient of the weight that they make. A weight that cannot be read in whole (FSDP's part of it) is trusted
-    where the forward is ``nn.Linear``'s.
+    where the forward is torch's.
 
     Args:
-        layer (nn.Linear): The layer.
-        inputs (Any): What it was called on.
-        output (Any): What it put out.
+        layer (OutputLayer): The layer.
+        inputs (Any): What it was called on, features last.
+        output (Any): What it put out, features last.
     """
     if not isinstance(inputs, torch.Tensor) or not isinstance(output, torch.Tensor):
         return f"it makes a {type(output).__name__} of a {type(inputs).__name__}, not a tensor of a tensor"
     if inputs.shape[-1:] != (layer.in_features,) or output.shape != (*inputs.shape[:-1], layer.out_features):
         return f"it makes an output of shape {tuple(output.shape)} of an input of shape {tuple(inputs.shape)}"
-    own_forward = type(layer).forward is not nn.Linear.forward or "forward" in vars(layer)
+    own_forward = isinstance(layer, ModuleLayer) and layer.has_own_forward
     weight, bias = (
         _in_whole(layer.weight, own_forward),
         None if layer.bias is None else _in_whole(layer.bias, own_forward),
@@ -75,17 +72,24 @@ def linear_fault(layer: nn.Linear, inputs: Any, output: Any) -> str | None:
     tolerance = _tolerance(inputs, weight, output)
     if not _agree(inputs, weight, bias, output, tolerance):
         return "it is not in this batch"
-    if own_forward and layer._parameters.get("weight") is layer.weight and not isinstance(layer.weight, DTensor):
-        others = _other_parameters(layer)
-        rows = inputs.reshape(-1, layer.in_features)[:_ROWS]
-        probe = torch.func.functional_call(
-            _Bare(layer), {f"layer.{name}": value for name, value in others.items()}, rows
-        )
-        if not isinstance(probe, torch.Tensor) or not _agree(
-            rows, others["weight"], others.get("bias"), probe, _tolerance(inputs, weight, probe)
-        ):
-            return f"its own forward makes something else of other values of its parameters ({', '.join(others)})"
-    return None
+    return _fault_elsewhere(layer, inputs, weight) if isinstance(layer, ModuleLayer) and own_forward else None
+
+
+def _fault_elsewhere(layer: ModuleLayer, inputs: torch.Tensor, weight: torch.Tensor) -> str | None:
+    """Tells what is wrong with a forward of a layer's own at other values of its parameters; None if nothing."""
+    module = layer.module
+    if module._parameters.get("weight") is not module.weight or isinstance(module.weight, DTensor):
+        return None
+    others = _other_parameters(layer)
+    rows = inputs.reshape(-1, layer.in_features)[:_ROWS]
+    probe = torch.func.functional_call(
+        _Bare(module), {f"layer.{name}": value for name, value in others.items()}, layer.alone(rows)
+    )
+    if isinstance(probe, torch.Tensor) and probe.shape[:2] == (len(rows), layer.out_features):
+        probe = probe.reshape(len(rows), layer.out_features)
+        if _agree(rows, others["weight"].flatten(1), others.get("bias"), probe, _tolerance(inputs, weight, probe)):
+            return None
+    return f"its own forward makes something else of other values of its parameters ({', '.join(others)})"
 
 
 class _Bare(nn.Module):
@@ -99,11 +103,11 @@ class _Bare(nn.Module):
         return self.layer.forward(inputs)
 
 
-def _other_parameters(layer: nn.Linear) -> dict[str, torch.Tensor]:
+def _other_parameters(layer: ModuleLayer) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {
         name: (torch.randn(parameter.shape, generator=generator) / layer.in_features**0.5).to(parameter)
-        for name, parameter in layer.named_parameters()
+        for name, parameter in layer.module.named_parameters()
     }
 
 

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from composer_gradmatch.batches import copy_structure, tensor_leaves
-from composer_gradmatch.last_layer.find import NEEDS_NONE, as_returned, cannot_find, watch_linears
+from composer_gradmatch.last_layer.find import (
+    NEEDS_NONE,
+    Calls,
+    as_convolution,
+    as_linear,
+    as_returned,
+    cannot_find,
+    watch_modules,
+)
+from composer_gradmatch.last_layer.find_products import watch_products
 from composer_gradmatch.last_layer.graph import graph_nodes, graph_parameters
+from composer_gradmatch.last_layer.layers import OutputLayer, convolution_fault
 
 __all__ = ["observe_output_layer", "returned_tensors"]
 
@@ -32,11 +41,12 @@ def returned_tensors(outputs: Any) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def observe_output_layer(model: nn.Module, batch: Any) -> nn.Linear:
+def observe_output_layer(model: nn.Module, batch: Any) -> OutputLayer:
     """Finds the linear layer that puts out what a model returns, or what it is made from by nothing learned.
 
-    A layer's output that is returned as it is is found by one forward pass. Where what is returned is a part of an
-    output, or another function of it without parameters, the graph of a second pass shows which.
+    An ``nn.Linear``'s output that is returned as it is is found by one forward pass. Where what is returned is a part
+    of an output, or another function of it without parameters, the graph of a second pass shows which. Where that is
+    no ``nn.Linear``'s, a third one looks at convolutions with a kernel of one element and at matrix products.
 
     Args:
         model (nn.Module): Called on the batch; wrap in :func:`.no_trace` to leave its buffers alone.
@@ -45,50 +55,47 @@ def observe_output_layer(model: nn.Module, batch: Any) -> nn.Linear:
     Raises:
         ValueError: If there is no such layer, or more than one.
     """
-    with watch_linears(model) as calls:
+    with watch_modules(model, as_linear) as calls:
         returned = returned_tensors(model(copy_structure(batch)))
     found = as_returned(calls, returned)
-    applied = None
     if not found:
-        with torch.enable_grad(), _watch_nodes(model) as nodes:
+        with torch.enable_grad(), watch_modules(model, as_linear) as calls:
             returned = returned_tensors(model(copy_structure(batch)))
-        found = [layer for layer, _ in nodes if _is_made_from(returned, layer, nodes)]
+        found = _made_from(returned, calls)
+    if not found:
+        with (
+            torch.enable_grad(),
+            watch_modules(model, as_linear) as linears,
+            watch_modules(model, as_convolution) as calls,
+            watch_products(model) as products,
+        ):
+            returned = returned_tensors(model(copy_structure(batch)))
+        calls += products
+        found = as_returned(calls, returned) or _made_from(returned, calls)
         if not found:
-            applied = _applied_without_linear(model, returned, {node for _, node in nodes})
-    if len(found) == 1:
-        return found[0]
-    raise ValueError(cannot_find(model, len(found)) if applied is None else applied)
+            raise ValueError(_why_not(model, returned, {node for _, _, node in [*linears, *calls]}))
+    if len(found) != 1:
+        raise ValueError(cannot_find(model, len(found)))
+    return found[0]
 
 
-@contextmanager
-def _watch_nodes(model: nn.Module) -> Iterator[list[tuple[nn.Linear, Any]]]:
-    """Lists each ``nn.Linear`` and the node of the graph that its output comes from, before anything changes it."""
-    nodes: list[tuple[nn.Linear, Any]] = []
-
-    def record(module: nn.Module, _: Any, output: Any) -> None:
-        assert isinstance(module, nn.Linear)
-        if isinstance(output, torch.Tensor) and output.grad_fn is not None:
-            nodes.append((module, output.grad_fn))
-
-    handles = [module.register_forward_hook(record) for module in model.modules() if isinstance(module, nn.Linear)]
-    try:
-        yield nodes
-    finally:
-        for handle in handles:
-            handle.remove()
+def _made_from(returned: list[torch.Tensor], calls: Calls) -> list[OutputLayer]:
+    """Lists the layers of whose only output tensors are made, and of nothing learned behind or beside it."""
+    nodes: dict[OutputLayer, set[Any]] = {}
+    for layer, _, node in calls:
+        if node is not None:
+            nodes.setdefault(layer, set()).add(node)
+    return [layer for layer, own in nodes.items() if len(own) == 1 and _is_made_from(returned, layer, own)]
 
 
-def _is_made_from(returned: list[torch.Tensor], layer: nn.Linear, nodes: list[tuple[nn.Linear, Any]]) -> bool:
-    """Whether tensors of a layer's width depend on its only output, and on nothing learned behind or beside it."""
-    own = {node for called, node in nodes if called is layer}
-    made = [each for each in returned if each.dim() and layer.out_features in (1, each.shape[-1])]
-    made = [each for each in made if own & set(graph_nodes(each))]
-    return len(own) == 1 and bool(made) and not any(True for each in made for _ in graph_parameters(each, own))
+def _is_made_from(returned: list[torch.Tensor], layer: OutputLayer, own: set[Any]) -> bool:
+    made = [each for each in returned if layer.makes(each.shape) and own & set(graph_nodes(each))]
+    return bool(made) and not any(True for each in made for _ in graph_parameters(each, own))
 
 
-def _applied_without_linear(model: nn.Module, returned: list[torch.Tensor], linears: set[Any]) -> str | None:
-    """Tells what to say of the parameter that tensors were made with last; None if an ``nn.Linear`` has it."""
-    behind = [parameter for tensor in returned for parameter in graph_parameters(tensor, linears)]
+def _why_not(model: nn.Module, returned: list[torch.Tensor], known: set[Any]) -> str:
+    """Tells what to say of the parameter that tensors were made with last, by none of the layers that are known."""
+    behind = [parameter for tensor in returned for parameter in graph_parameters(tensor, known)]
     # Rather the matrix of a head than the scale of a norm before it, which is as near.
     last = next((parameter for parameter in behind if parameter.dim() > 1), behind[0] if behind else None)
     owners = {
@@ -98,14 +105,21 @@ def _applied_without_linear(model: nn.Module, returned: list[torch.Tensor], line
         if parameter is last
     }
     if last is None or not owners or any(isinstance(owner, nn.Linear) for owner in owners.values()):
-        return None
+        return cannot_find(model, 0)
     names = " = ".join(f"{name} (of {type(owner).__name__})" for name, owner in owners.items())
+    faults = [fault for fault in map(convolution_fault, owners.values()) if fault is not None]
+    if last.dim() > 2 and faults:
+        return (
+            f"Cannot find the output layer of {type(model).__name__}: what it returns is made with the parameter "
+            f"{names}, but {faults[0]}; a convolution is a linear layer at each position only with a kernel of one "
+            "element, a stride of one, no padding and one group. Put such a one (or an nn.Linear) behind it, or name "
+            f"another layer as output_layer, whose gradient is then matched. {NEEDS_NONE}"
+        )
     if last.dim() != 2:
         return f"{cannot_find(model, 0)} Behind their outputs, what it returns is made with the parameter {names}."
     return (
         f"Cannot find the output layer of {type(model).__name__}: what it returns is made with the parameter {names}, "
-        "which no nn.Linear of the model holds (a tied head is often F.linear(x, embedding.weight)), and gradient "
-        "matching needs this product to be an nn.Linear's. Give the model head = nn.Linear(..., bias=False) with "
-        "head.weight = that parameter, and return head(x), which are the same numbers; the gradients of any other "
-        f"layer are not those of the head. {NEEDS_NONE}"
+        "but not by a matrix product of rows with it as it is (F.linear, @, torch.matmul, mm, addmm or einsum; its "
+        "weight may be computed: normalised, scaled, a part of a parameter). Normalise and scale before or behind the "
+        f"product, or give the model an nn.Linear as its head. {NEEDS_NONE}"
     )

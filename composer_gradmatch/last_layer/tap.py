@@ -4,22 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import nn
 
-__all__ = ["OutputLayerTap", "first_input", "sample_dim"]
+from composer_gradmatch.last_layer.layers import OutputLayer
 
-
-def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Finds what a layer was called on, by position or by whatever name.
-
-    Args:
-        args (tuple): As a forward hook gets them.
-        kwargs (dict): As a forward hook gets them.
-    """
-    return args[0] if args else next(iter(kwargs.values()), None)
+__all__ = ["OutputLayerTap", "sample_dim"]
 
 
 def sample_dim(
@@ -68,14 +58,14 @@ class OutputLayerTap:
     whatever the model and the loss do with the output is differentiable, and no graph of the backbone is built.
 
     Args:
-        layer (nn.Linear): The output layer.
+        layer (OutputLayer): The output layer.
         copy (bool, optional): Whether the model and the loss go on with a copy of the output, which they may change
             in place; without one they must not. Default: ``True``.
         sample_dim (int, optional): Which dimension of its inputs is that of the samples, where it is known; it is
             moved to the front. Default: ``None``.
     """
 
-    def __init__(self, layer: nn.Linear, copy: bool = True, sample_dim: int | None = None) -> None:
+    def __init__(self, layer: OutputLayer, copy: bool = True, sample_dim: int | None = None) -> None:
         self.layer = layer
         self.copy = copy
         self.sample_dim = sample_dim
@@ -98,15 +88,13 @@ class OutputLayerTap:
         """The layer's output without a graph, the samples first: of use after :meth:`inputs_and_grads`."""
         return self.leaf.detach().movedim(self.sample_dim or 0, 0)
 
-    def _hook(
-        self, module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor], output: torch.Tensor
-    ) -> torch.Tensor:
+    def _see(self, inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         if self._leaf is not None:
             raise ValueError(
                 "The output layer ran more than once in a single forward pass, so its gradient is not one outer "
                 "product for each sample. Pass another layer as output_layer."
             )
-        self._inputs = first_input(args, kwargs).detach()
+        self._inputs = inputs.detach()
         self._leaf = output.detach().requires_grad_()
         torch.set_grad_enabled(True)
         return self._leaf.clone() if self.copy else self._leaf
@@ -114,12 +102,8 @@ class OutputLayerTap:
     @contextmanager
     def open(self) -> Iterator[OutputLayerTap]:
         """Taps the layer; gradients, the hook and the grad mode are as before when the context closes."""
-        with torch.no_grad():
-            handle = self.layer.register_forward_hook(self._hook, with_kwargs=True)
-            try:
-                yield self
-            finally:
-                handle.remove()
+        with torch.no_grad(), self.layer.watch(self._see):
+            yield self
 
     def inputs_and_grads(self, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Computes H and P for the samples' losses, shape (M,): (M, D) and (M, C), or (M, T, D) and (M, T, C).

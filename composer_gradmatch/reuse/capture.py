@@ -12,7 +12,6 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import nn
 
 from composer_gradmatch.batches import map_tensors
 from composer_gradmatch.forward.torch_private import (
@@ -27,6 +26,7 @@ from composer_gradmatch.forward.torch_private import (
     tree_flatten,
     tree_unflatten,
 )
+from composer_gradmatch.last_layer import OutputLayer
 from composer_gradmatch.reuse.backend import Recording, run_recorded
 from composer_gradmatch.reuse.outside import NumbersOutside
 from composer_gradmatch.reuse.quietly import quietly
@@ -80,14 +80,19 @@ class CapturedForward:
 
     Args:
         forward (Callable): The model's forward, called on a batch.
-        layer (nn.Module, optional): The layer whose inputs are watched. Default: ``None``.
+        layer (OutputLayer, optional): The layer whose inputs are watched. Default: ``None``.
         compiled (bool, optional): Whether the graphs are compiled by Inductor. Default: ``False``.
     """
 
-    def __init__(self, forward: Callable[[Any], Any], layer: nn.Module | None = None, compiled: bool = False) -> None:
-        self._layer, self._forward = layer, forward
+    def __init__(self, forward: Callable[[Any], Any], layer: OutputLayer | None = None, compiled: bool = False) -> None:
+        self._forward = forward
         self._recording = Recording(compiled)
-        self._seen: list[torch.Tensor] = []
+        seen: list[torch.Tensor] = []
+        self._seen = seen
+        # Always the same, so that Dynamo's guards of its hooks hold; and without self, which they would keep.
+        self._watch = None
+        if layer is not None:
+            self._watch = layer.watch(lambda inputs, output: seen.append(inputs.detach()), traced=True)
         #: Whether other sizes than the number of samples may be symbols, and whether any was in the last call.
         self.varying, self.varies = True, False
         self._shapes: list[torch.Size] = []
@@ -162,7 +167,8 @@ class CapturedForward:
         containers = _containers(marked)
         recording = self._recording
         recording.run, recording.leaves = None, set(map(id, leaves))
-        handle = None if self._layer is None else self._layer.register_forward_pre_hook(self._watch)
+        if self._watch is not None:
+            self._watch.open()
         limit = _CAPTURES if self.varying else _CAPTURES_BY_SIZE
         settings = {
             "automatic_dynamic_shapes": False,
@@ -206,8 +212,8 @@ class CapturedForward:
                 raise UnsupportedError(f"memory ran out in a forward pass over all {num_samples} samples") from error
             raise UnsupportedError(f"it cannot be captured as one graph: {first_line(inner)}") from error
         finally:
-            if handle is not None:
-                handle.remove()
+            if self._watch is not None:
+                self._watch.close()
             self._seen.clear()
             recording.run, recording.results, recording.arguments = None, (), ()
 
@@ -230,8 +236,8 @@ class CapturedForward:
                 contexts.enter_context(torch.autocast(device, enabled=False))
             if not torch.is_grad_enabled():
                 contexts.enter_context(torch.enable_grad())
-            if self._layer is not None:
-                contexts.callback(self._layer.register_forward_pre_hook(self._watch).remove)
+            if self._watch is not None:
+                contexts.enter_context(self._watch)
             return guards.check({**values, "outside": outside, "forward": self._forward, "seen": self._seen})
 
     def _varying_sizes(self, leaves: list[torch.Tensor]) -> list[tuple[torch.Tensor, int]]:
@@ -245,9 +251,6 @@ class CapturedForward:
         alike = any(leaf.shape[dim] == self._recording.num_samples for leaf, dim in found)
         return found if self.varying and not alike else []
 
-    def _watch(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        self._seen.append(args[0].detach())
-
     def _finish(
         self, outputs: Any, seen: list[torch.Tensor], leaves: list[torch.Tensor], holds: Callable[[], bool]
     ) -> Pass:
@@ -256,8 +259,8 @@ class CapturedForward:
         assert run is not None
         known = {id(leaf) for leaf in recording.arguments}
         read = [id(leaf) in known for leaf in leaves]
-        if self._layer is not None and len(seen) != 1:
-            raise UnsupportedError(f"the output layer ran {len(seen)} times in a forward pass")
+        if self._watch is not None and len(seen) != 1:
+            raise UnsupportedError(f"the output layer was seen {len(seen)} times in a captured forward pass")
         positions = {id(result): i for i, result in enumerate(recording.results)}
         flat, structure = tree_flatten(outputs)
         for leaf in flat:

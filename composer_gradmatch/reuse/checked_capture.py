@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from torch import nn
-
+from composer_gradmatch.last_layer import OutputLayer
 from composer_gradmatch.reuse.capture import CapturedForward, Pass
 from composer_gradmatch.reuse.minibatch import Minibatch
 from composer_gradmatch.reuse.model_forward import ModelForward
@@ -25,7 +24,7 @@ class CheckedCapture:
     Args:
         forward (ModelForward): The model's own forward.
         precision (Callable): Makes the context of the training step's precision.
-        layer (nn.Linear, optional): The output layer, whose inputs are wanted.
+        layer (OutputLayer, optional): The output layer, whose inputs are wanted.
         checks (OutputChecks): Compares the passes.
     """
 
@@ -33,7 +32,7 @@ class CheckedCapture:
         self,
         forward: ModelForward,
         precision: Callable[[], AbstractContextManager[None]],
-        layer: nn.Linear | None,
+        layer: OutputLayer | None,
         checks: OutputChecks,
     ) -> None:
         self._forward = CapturedForward(forward.eager, layer, forward.by_inductor)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from composer_gradmatch.last_layer import LinearLayer, OutputLayer
 from composer_gradmatch.reuse.capture import Pass
 from composer_gradmatch.reuse.unsupported import UndecidedError, UnsupportedError
 
@@ -14,13 +16,13 @@ __all__ = ["inputs_and_grads", "saved_inputs_and_grads"]
 
 
 def inputs_and_grads(
-    made: Pass, layer: nn.Linear, leaves: Sequence[torch.Tensor], losses: torch.Tensor
+    made: Pass, layer: OutputLayer, leaves: Sequence[torch.Tensor], losses: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Finds H, P and the outputs of the output layer in a pass.
 
     Args:
         made (Pass): The pass, which has watched the layer.
-        layer (nn.Linear): The output layer.
+        layer (OutputLayer): The output layer.
         leaves (Sequence[torch.Tensor]): What the model returned, as leaves of the losses' graph.
         losses (torch.Tensor): The samples' losses, shape (M,).
 
@@ -46,12 +48,12 @@ def inputs_and_grads(
         raise UnsupportedError("its losses depend on other outputs than the output layer's")
     (grad,) = (grad for grad in grads if grad is not None)
     shape = (*inputs.shape[:-1], layer.out_features)
-    return inputs, grad.reshape(shape), leaf.detach().reshape(shape)
+    return inputs, layer.rows_of_outputs(grad, shape), layer.rows_of_outputs(leaf.detach(), shape)
 
 
 def saved_inputs_and_grads(
     made: Pass, model: nn.Module, leaves: Sequence[torch.Tensor], losses: torch.Tensor
-) -> tuple[nn.Linear, torch.Tensor, torch.Tensor, torch.Tensor] | None:
+) -> tuple[OutputLayer, torch.Tensor, torch.Tensor, torch.Tensor] | None:
     """Finds the output layer of a pass that has watched none, by what the pass has saved for its backward pass.
 
     A linear layer's weight gradient takes its inputs, so that these are saved; and which saved tensor they are, and of
@@ -64,7 +66,7 @@ def saved_inputs_and_grads(
         losses (torch.Tensor): The samples' losses, shape (M,), with their graph, which is kept.
 
     Returns:
-        tuple[nn.Linear, torch.Tensor, torch.Tensor, torch.Tensor] | None: The layer, its inputs, shape (M, D), the
+        tuple[OutputLayer, torch.Tensor, torch.Tensor, torch.Tensor] | None: The layer, its inputs, shape (M, D), the
         gradients of its outputs, shape (M, C), and the leaf that has those. None where the losses do not depend on
         exactly one output of the model, where this is no ``nn.Linear``'s output as it is, or where the layer runs at
         several positions of each sample, has a ``forward`` of its own, or its inputs are not saved (frozen weights).
@@ -77,10 +79,8 @@ def saved_inputs_and_grads(
         return None
     (leaf, grad), m = reached[0], len(losses)
     saved = [each for each in made.run.saved if isinstance(each, torch.Tensor) and each.is_floating_point()]
-    for layer in model.modules():
-        if not isinstance(layer, nn.Linear) or leaf.numel() != m * layer.out_features:
-            continue
-        if type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
+    for layer in (LinearLayer(module) for module in model.modules() if isinstance(module, nn.Linear)):
+        if leaf.numel() != m * layer.out_features or layer.has_own_forward:
             continue
         for inputs in saved:
             if inputs.shape == (m, layer.in_features) and _is_made_of(leaf, layer, inputs.detach()):
@@ -88,7 +88,7 @@ def saved_inputs_and_grads(
     return None
 
 
-def _position_of(layer: nn.Linear, inputs: torch.Tensor, leaves: Sequence[torch.Tensor]) -> int:
+def _position_of(layer: OutputLayer, inputs: torch.Tensor, leaves: Sequence[torch.Tensor]) -> int:
     """Tells which of a model's outputs holds what the output layer made of its inputs."""
     found = [i for i, leaf in enumerate(leaves) if _is_made_of(leaf, layer, inputs)]
     if len(found) != 1:
@@ -97,12 +97,12 @@ def _position_of(layer: nn.Linear, inputs: torch.Tensor, leaves: Sequence[torch.
 
 
 @torch.no_grad()
-def _is_made_of(leaf: torch.Tensor, layer: nn.Linear, inputs: torch.Tensor) -> bool:
+def _is_made_of(leaf: torch.Tensor, layer: OutputLayer, inputs: torch.Tensor) -> bool:
     """Tells whether an output is, in any shape, what a layer makes of its inputs."""
     if leaf.numel() * layer.in_features != inputs.numel() * layer.out_features:
         return False
     wide = inputs.double()
-    outputs = nn.functional.linear(wide, layer.weight.to(wide), None if layer.bias is None else layer.bias.to(wide))
+    outputs = F.linear(wide, layer.weight.to(wide), None if layer.bias is None else layer.bias.to(wide))
     tolerance = 3e-2 if torch.bfloat16 in (leaf.dtype, inputs.dtype) else 3e-3
-    error = (leaf.reshape(outputs.shape).double() - outputs).norm()
+    error = (layer.rows_of_outputs(leaf, tuple(outputs.shape)).double() - outputs).norm()
     return bool(error <= tolerance * outputs.norm())

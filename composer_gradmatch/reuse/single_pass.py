@@ -33,6 +33,7 @@ from composer_gradmatch.forward.modules import modules_of
 from composer_gradmatch.forward.torch_private import BATCH_NORMS, tree_map_only
 from composer_gradmatch.forward.traceless import Generators
 from composer_gradmatch.forward.traces import ModelTraces
+from composer_gradmatch.last_layer import OutputLayer
 from composer_gradmatch.reuse.capture import Pass
 from composer_gradmatch.reuse.checked_capture import CheckedCapture
 from composer_gradmatch.reuse.loss_in_outputs import LossInOutputs
@@ -59,11 +60,11 @@ class SinglePass:
     Args:
         model (nn.Module): A ComposerModel, out of any wrapper.
         precision (Callable): Makes the context of the training step's precision.
-        layer (nn.Linear, optional): The output layer, whose inputs and outputs are wanted. Default: ``None``.
+        layer (OutputLayer, optional): The output layer, whose inputs and outputs are wanted. Default: ``None``.
     """
 
     def __init__(
-        self, model: nn.Module, precision: Callable[[], AbstractContextManager[None]], layer: nn.Linear | None = None
+        self, model: nn.Module, precision: Callable[[], AbstractContextManager[None]], layer: OutputLayer | None = None
     ) -> None:
         self.release_model(model)
         self.model, self.precision, self.layer = model, precision, layer
@@ -161,7 +162,7 @@ class SinglePass:
 
     def saved_inputs_and_grads(
         self, losses: torch.Tensor
-    ) -> tuple[nn.Linear, torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    ) -> tuple[OutputLayer, torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """Finds an output layer that was not watched: see :func:`.saved_inputs_and_grads`."""
         assert self._pass is not None
         return saved_inputs_and_grads(self._pass, self.model, self._leaves, losses)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from adversarial import STRATEGIES, says
+from adversarial_heads import HEAD_ROWS
 from adversarial_objective import OBJECTIVE_ROWS
 from adversarial_rows import ROW_ROWS
 from adversarial_small import SMALL_ROWS
@@ -13,7 +14,7 @@ from lockstep import resumable, run
 
 from composer_gradmatch.algorithms.subset_backprop import SubsetBackprop
 
-ROWS = [*OBJECTIVE_ROWS, *ROW_ROWS, *TRACE_ROWS, *SMALL_ROWS]
+ROWS = [*OBJECTIVE_ROWS, *ROW_ROWS, *HEAD_ROWS, *TRACE_ROWS, *SMALL_ROWS]
 LATE = 0.5
 
 

@@ -109,7 +109,7 @@ def test_the_functional_step_refuses_and_warns_as_the_algorithm_does():
             self.embedding, self.body = nn.Embedding(NUM_CLASSES, 8), nn.Linear(12, 8)
 
         def forward(self, inputs):
-            return F.linear(self.body(inputs), self.embedding.weight)
+            return F.linear(self.body(inputs), F.normalize(self.embedding.weight))
 
     class Normalised(nn.Linear):
         def forward(self, input):

@@ -232,8 +232,8 @@ def test_random_picks_that_a_store_looks_for_are_measured():
     )
     trainer.fit()
     lengths = [value for _, value in logger.data["random_backprop/step_length"]]
-    assert len(lengths) == 12
-    assert lengths[9] == pytest.approx(length_of(of_case(MLP), picked[9]), rel=2e-2)
+    assert len(lengths) == 1  # Of each tenth selection, since K is of no other use to random picks.
+    assert lengths[0] == pytest.approx(length_of(of_case(MLP), picked[9]), rel=2e-2)
     assert "in expectation" not in summary.table(trainer.state)
 
 

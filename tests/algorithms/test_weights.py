@@ -137,7 +137,7 @@ def test_a_model_without_an_output_layer_to_find_trains_by_its_losses_all_the_sa
             self.weight = nn.Parameter(torch.randn(5, 12) / 4)
 
         def forward(self, inputs):
-            return inputs @ self.weight.T
+            return inputs @ (2 * self.weight.T)  # A weight that is computed is no parameter.
 
     model = ComposerClassifier(Own(), num_classes=5)
     logger = InMemoryLogger()

@@ -6,13 +6,13 @@ import torch
 from cases import Reordered
 from torch import nn
 
-from composer_gradmatch.last_layer import OutputLayerTap
+from composer_gradmatch.last_layer import LinearLayer, OutputLayerTap
 from composer_gradmatch.last_layer.graph import learned_behind
 
 
 def behind(loss, module=None):
     module = Reordered() if module is None else module
-    with OutputLayerTap(module.head).open() as tap:
+    with OutputLayerTap(LinearLayer(module.head)).open() as tap:
         losses = loss(module, module(torch.randn(4, 12)))
         return learned_behind(losses, tap.leaf, module)
 

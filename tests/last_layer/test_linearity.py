@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from composer_gradmatch.last_layer import LinearLayer
 from composer_gradmatch.last_layer.linearity import linear_fault
 
 
@@ -16,18 +17,18 @@ def test_rounding_is_no_fault_and_one_other_number_is(dtype, shape):
     torch.manual_seed(0)
     layer, inputs = nn.Linear(300, 7).to(dtype), torch.randn(shape).to(dtype)
     output = layer(inputs)
-    assert linear_fault(layer, inputs, output) is None
+    assert linear_fault(LinearLayer(layer), inputs, output) is None
     changed = output.clone()
     changed[-1, ..., 3] += 0.5
-    assert linear_fault(layer, inputs, changed) == "it is not in this batch"
+    assert linear_fault(LinearLayer(layer), inputs, changed) == "it is not in this batch"
 
 
 def test_autocast_rounds_what_comes_out_in_float32_too():
     layer, inputs = nn.Linear(300, 7), torch.randn(40, 300)
     with torch.autocast("cpu", torch.bfloat16):
-        assert linear_fault(layer, inputs, layer(inputs)) is None
-        assert linear_fault(layer, inputs, layer(inputs).float()) is None
-        assert linear_fault(layer, inputs, layer(inputs).float() * 1.5) is not None
+        assert linear_fault(LinearLayer(layer), inputs, layer(inputs)) is None
+        assert linear_fault(LinearLayer(layer), inputs, layer(inputs).float()) is None
+        assert linear_fault(LinearLayer(layer), inputs, layer(inputs).float() * 1.5) is not None
 
 
 def test_a_margin_at_one_class_is_seen():
@@ -38,7 +39,7 @@ def test_a_margin_at_one_class_is_seen():
     layer, inputs = Margin(16, 1000), torch.randn(8, 16)
     for dtype in (torch.float32, torch.bfloat16):
         layer, inputs = layer.to(dtype), inputs.to(dtype)
-        assert linear_fault(layer, inputs, layer(inputs)) is not None
+        assert linear_fault(LinearLayer(layer), inputs, layer(inputs)) is not None
 
 
 def test_a_scale_that_starts_at_one_is_seen():
@@ -52,7 +53,9 @@ def test_a_scale_that_starts_at_one_is_seen():
 
     layer, inputs = Scaled(16, 5), torch.randn(8, 16)
     kept = {key: value.clone() for key, value in layer.state_dict().items()}
-    assert "other values of its parameters (weight, bias, scale)" in str(linear_fault(layer, inputs, layer(inputs)))
+    assert "other values of its parameters (weight, bias, scale)" in str(
+        linear_fault(LinearLayer(layer), inputs, layer(inputs))
+    )
     assert all(torch.equal(value, kept[key]) for key, value in layer.state_dict().items())
 
 
@@ -64,5 +67,5 @@ def test_a_weight_that_is_packed_cannot_be_compared_but_under_linears_own_forwar
     for kind in (Packed, nn.Linear):
         layer = kind(16, 5)
         layer.weight = nn.Parameter(torch.zeros(40, 1, dtype=torch.uint8), requires_grad=False)
-        fault = linear_fault(layer, torch.randn(8, 16), torch.zeros(8, 5))
+        fault = linear_fault(LinearLayer(layer), torch.randn(8, 16), torch.zeros(8, 5))
         assert (fault is None) == (kind is nn.Linear)

@@ -7,6 +7,7 @@ import torch
 from cases import NUM_CLASSES, Reordered
 from torch import nn
 
+from composer_gradmatch.last_layer import LinearLayer
 from composer_gradmatch.last_layer.observe import observe_output_layer, returned_tensors
 
 
@@ -46,7 +47,7 @@ def test_a_part_or_a_function_of_an_output_leads_to_its_layer(change, shared):
             return {"logits": logits, "cache": before} if shared else logits
 
     model = Changes()
-    assert observe_output_layer(model, torch.randn(7, 4, 6)) is model.head
+    assert observe_output_layer(model, torch.randn(7, 4, 6)) == LinearLayer(model.head)
     assert not any(layer._forward_hooks for layer in model.modules())
 
 
@@ -64,12 +65,12 @@ def test_a_convolution_behind_a_layer_is_named():
     class Behind(nn.Module):
         def __init__(self):
             super().__init__()
-            self.head, self.last = nn.Linear(6, 5), nn.Conv1d(5, 5, 1)
+            self.head, self.last = nn.Linear(6, 5), nn.Conv1d(5, 5, 3, padding=1)
 
         def forward(self, inputs):
             return self.last(self.head(inputs)[:, :, None])[:, :, 0].clone()
 
-    with pytest.raises(ValueError, match=r"last\.(weight|bias) \(of Conv1d\)"):
+    with pytest.raises(ValueError, match=r"last\.weight \(of Conv1d\), but its kernel is 3; .*Put such a one"):
         observe_output_layer(Behind(), torch.randn(4, 6))
 
 
@@ -83,7 +84,7 @@ def test_one_output_without_its_dimension_leads_to_its_layer():
             return self.head(inputs).squeeze(-1).clone()
 
     model = Scalar()
-    assert observe_output_layer(model, torch.randn(4, 6)) is model.head
+    assert observe_output_layer(model, torch.randn(4, 6)) == LinearLayer(model.head)
 
 
 def test_a_learned_temperature_is_named_and_not_called_a_head():

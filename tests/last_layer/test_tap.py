@@ -9,12 +9,12 @@ from cases import MLP, Reordered
 from oracles import classifier_gradients
 
 from composer_gradmatch import last_layer_gram
-from composer_gradmatch.last_layer import CheckedTap, OutputLayerTap, sample_dim
+from composer_gradmatch.last_layer import CheckedTap, LinearLayer, OutputLayerTap, sample_dim
 
 
 def test_no_graph_of_the_backbone_is_built_and_the_grad_mode_is_restored():
     module = Reordered()
-    with OutputLayerTap(module.head).open() as tap:
+    with OutputLayerTap(LinearLayer(module.head)).open() as tap:
         outputs = module(torch.randn(4, 12))
         assert outputs.requires_grad
         tap.inputs_and_grads(outputs.square().sum(1))
@@ -30,7 +30,7 @@ def test_a_layer_called_by_keyword_is_tapped():
 
     inputs, targets = MLP.data(9).tensors
     model = Keyword().double()
-    with CheckedTap(model, model.head, chosen=False).open() as tap:
+    with CheckedTap(model, LinearLayer(model.head), chosen=False).open() as tap:
         h, p = tap.inputs_and_grads(F.cross_entropy(model(inputs.double()), targets, reduction="none"))
     gradients = torch.from_numpy(classifier_gradients(model, "head", inputs, targets))
     torch.testing.assert_close(last_layer_gram(h, p), gradients @ gradients.T)
@@ -38,7 +38,7 @@ def test_a_layer_called_by_keyword_is_tapped():
 
 def test_losses_that_do_not_depend_on_the_layer_are_told():
     model = Reordered()
-    with OutputLayerTap(model.head).open() as tap:
+    with OutputLayerTap(LinearLayer(model.head)).open() as tap:
         model(torch.randn(4, 12))
         with pytest.raises(ValueError, match="do not depend on the output layer's output"):
             tap.inputs_and_grads(model.body.bias.square().sum().expand(4))

@@ -11,6 +11,7 @@ from layout_models import CLASSES, ROWS, M, assert_close, built, weighted
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from composer_gradmatch.last_layer import LinearLayer
 from composer_gradmatch.reuse.capture import CapturedForward
 from composer_gradmatch.reuse.layout import Layout
 from composer_gradmatch.reuse.unsupported import UnsupportedError
@@ -20,7 +21,7 @@ from composer_gradmatch.reuse.verify import check_outputs
 def test_a_hook_that_comes_later_is_run():
     model, inputs, targets = built("mlp")
     model.eval()
-    forward = CapturedForward(lambda batch: model(batch[0]), model[4])
+    forward = CapturedForward(lambda batch: model(batch[0]), LinearLayer(model[4]))
     graphs = [forward((inputs, targets), M).run.graphs for _ in range(3)]
     handle = model[0].register_forward_hook(lambda module, args, outputs: outputs * 2)
     captured = forward((inputs, targets), M)
@@ -33,7 +34,7 @@ def test_a_hook_that_comes_later_is_run():
 
 def test_graphs_do_not_outlive_what_captured_them():
     model, inputs, targets = built("mlp")
-    forward = CapturedForward(lambda batch: model(batch[0]), model[4])
+    forward = CapturedForward(lambda batch: model(batch[0]), LinearLayer(model[4]))
     graphs = weakref.ref(forward((inputs, targets), M).run.graphs)
     gc.collect()
     assert graphs() is not None
@@ -90,7 +91,7 @@ def test_positions_before_samples_are_found():
 
 def test_the_inputs_of_a_layer_are_seen():
     model, inputs, targets = built("mlp")
-    captured = CapturedForward(lambda batch: model(batch[0]), model[4])((inputs, targets), M)
+    captured = CapturedForward(lambda batch: model(batch[0]), LinearLayer(model[4]))((inputs, targets), M)
     assert captured.inputs.shape == (M, 16)
     torch.testing.assert_close(model[4](captured.inputs), captured.outputs)
 

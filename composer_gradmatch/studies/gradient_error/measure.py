@@ -52,10 +52,10 @@ class GradientErrors(Interleaved):
 
     def _find_last_layer(self, state: State) -> None:
         model: nn.Module = state.model
-        if self.output_layer is not None:
-            layer = resolve_output_layer(model, self.output_layer)
-        else:
-            with no_trace(model):
+        with no_trace(model):
+            if self.output_layer is not None:
+                layer = resolve_output_layer(model, self.output_layer, state.batch)
+            else:
                 layer = observe_output_layer(model, state.batch)
         own = {id(parameter) for parameter in layer.parameters()}
         parts = [torch.full((p.numel(),), id(p) in own) for p in model.parameters() if p.requires_grad]

@@ -44,7 +44,7 @@ class SampleGradients:
         if output_layer is None:
             self.layer = observe_output_layer(model, batch)
         else:
-            self.layer = resolve_output_layer(model, output_layer)
+            self.layer = resolve_output_layer(model, output_layer, batch)
         self.parameters: list[nn.Parameter] = [each for each in model.parameters() if each.requires_grad]
         own = {id(each) for each in self.layer.parameters()}
         self.in_last_layer = torch.cat([torch.full((each.numel(),), id(each) in own) for each in self.parameters])
