@@ -103,8 +103,8 @@ class SubsetBackprop(Algorithm):
         self._rows = RowWeights(self._reader, self._warn_once, self._owner)
         self._ranks = RanksInStep()
         self._steps = StepLog(log_name, self._warn_once)
-        #: Whether what the step shows is to be decided on.
-        self._decides = False
+        #: Whether the batch is to be selected from, and whether what its step shows is to be decided on.
+        self._scheduled = self._decides = False
 
     @property
     def batches_not_matched(self) -> int:
@@ -189,9 +189,10 @@ class SubsetBackprop(Algorithm):
         elif event is Event.AFTER_DATALOADER:
             if self.selector.store is not None:
                 state.batch, self.selector.store.numbers = self.selector.store.numbering.take(state.batch)
-            if not self._selects or (self.selector.rehearsed and not self._is_scheduled(state)):
+            self._scheduled = self._selects and self._is_scheduled(state)
+            if not self._selects or (self.selector.rehearsed and not self._scheduled):
                 return
-            self._decides = self.selector.decides and self._is_scheduled(state)
+            self._decides = self.selector.decides and self._scheduled
             self.selector.source.begin_step()
             try:
                 self._after_dataloader(state, logger)
@@ -274,7 +275,7 @@ class SubsetBackprop(Algorithm):
         if first:
             with no_trace(unwrap(state.model)):
                 on_all_ranks(lambda: self.selector.rehearse(state, num_samples, num_picks), self._owner)
-        if not self._is_scheduled(state):
+        if not self._scheduled:
             if first and self.selector.weighting is not None:
                 self._rows.rehearse(state, num_samples)
             return

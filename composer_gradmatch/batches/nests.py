@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["children", "is_array", "is_sequence", "map_nest", "named_leaves", "rebuild", "resized"]
+__all__ = ["children", "is_array", "is_flat", "is_sequence", "map_nest", "named_leaves", "rebuild", "resized"]
 
 #: What has no parts, tried first.
 _PLAIN = frozenset({torch.Tensor, np.ndarray, str, int, float, bool, bytes, complex, type(None), torch.Size, range})
@@ -30,6 +30,9 @@ _WHOLE = (
     *(str, bytes, numbers.Number, enum.Enum, os.PathLike, type, types.ModuleType, types.FunctionType),
     *(types.MethodType, nn.Module, torch.utils.data.Dataset, torch.utils.data.DataLoader, torch.optim.Optimizer),
 )
+_FLAT = frozenset({tuple, list, dict})
+#: The first indices as names.
+_INDICES = [str(i) for i in range(16)]
 # Made once: a union of types is made anew wherever it is written.
 _ARRAYS = (torch.Tensor, np.ndarray)
 _SEQUENCES = (list, tuple, deque, UserList)
@@ -62,6 +65,24 @@ def children(value: Any) -> list[tuple[Any, Any]] | None:
     return held if any(not isinstance(item, _WHOLE) or is_array(item) for _, item in held if item is not None) else None
 
 
+def is_flat(value: Any) -> bool:
+    """Tells at a glance whether a value is a tuple, list or dict of leaves alone, as most batches are.
+
+    Of such there is nothing to descend into, which takes longer than most of what is done to the leaves.
+    """
+    return type(value) in _FLAT and _PLAIN.issuperset(map(type, _leaves_of(value)))
+
+
+def _leaves_of(value: Any) -> Any:
+    return value.values() if type(value) is dict else value
+
+
+def _names(value: Any) -> Any:
+    if type(value) is dict:
+        return [join("", key) for key in value]
+    return _INDICES[: len(value)] if len(value) <= len(_INDICES) else map(str, range(len(value)))
+
+
 def named_leaves(
     value: Any, stops: Collection[str] = (), name: str = "", inside: tuple[int, ...] = ()
 ) -> list[tuple[str, Any]]:
@@ -73,6 +94,8 @@ def named_leaves(
         name (str, optional): The name of ``value`` itself. Default: ``""``.
         inside (tuple[int, ...], optional): The identities of the containers around it. Default: ``()``.
     """
+    if not name and "" not in stops and is_flat(value):
+        return list(zip(_names(value), _leaves_of(value), strict=True))
     parts = None if name in stops or id(value) in inside else children(value)
     if parts is None:
         return [(name, value)]
@@ -98,6 +121,11 @@ def map_nest(
         twins (bool, optional): Whether a container that is in the nest twice is in the new one twice. Default:
             ``True``; otherwise its leaves are visited twice.
     """
+    if "" not in stops and is_flat(value):
+        leaves = map(function, _names(value), _leaves_of(value))
+        if type(value) is dict:
+            return dict(zip(value, leaves, strict=True))
+        return tuple(leaves) if type(value) is tuple else list(leaves)
     return _Mapping(function, stops, twins).of(value, "")
 
 

@@ -31,6 +31,7 @@ from composer_gradmatch.batches.row_codes import (
     as_tensor,
     codes_of_objects,
     codes_of_tensors,
+    is_all_of,
     is_equal,
     rows_in_memory,
 )
@@ -106,7 +107,7 @@ class RowRecord:
         whole = self.leaves[name]
         if leaf._version != self.versions[name]:
             return False
-        return leaf is whole or (leaf.shape == whole.shape and rows_in_memory(leaf, whole) == [*range(self.num_rows)])
+        return leaf is whole or is_all_of(leaf, whole)
 
     def updated(self, batch: Any) -> RowRecord:
         """Records the batch as it now is, of any number of rows, with the names of this record."""

@@ -12,7 +12,7 @@ import torch
 
 from composer_gradmatch.batches.nests import children, is_array
 
-__all__ = ["VALUES", "as_tensor", "codes_of_objects", "codes_of_tensors", "is_equal", "rows_in_memory"]
+__all__ = ["VALUES", "as_tensor", "codes_of_objects", "codes_of_tensors", "is_all_of", "is_equal", "rows_in_memory"]
 
 #: Values that two samples may share without being the same.
 VALUES = (str, bytes, int, float, complex, bool, type(None), np.generic)
@@ -33,6 +33,15 @@ def rows_in_memory(part: torch.Tensor, whole: torch.Tensor) -> list[int] | None:
     if remainder or not ((like and not offset) or inside) or first < 0 or last >= len(whole):
         return None
     return [first + step * i for i in range(n)]
+
+
+def is_all_of(part: torch.Tensor, whole: torch.Tensor) -> bool:
+    """Tells whether a tensor shows all rows of another one, in their order and in the same memory."""
+    if part.shape != whole.shape or part.dtype != whole.dtype:
+        return False
+    if _has_memory(part) and _has_memory(whole) and part.numel() and whole.stride(0) and part.is_set_to(whole):
+        return True
+    return rows_in_memory(part, whole) == [*range(len(whole))]
 
 
 def _span(tensor: torch.Tensor) -> int:

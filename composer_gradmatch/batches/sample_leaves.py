@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
-from composer_gradmatch.batches.nests import children, is_array, is_sequence, join
+from composer_gradmatch.batches.nests import children, is_array, is_flat, is_sequence, join, named_leaves
 
 __all__ = ["holds_arrays", "length", "names_by_length", "refuse_packed", "sample_names"]
 
@@ -80,7 +80,10 @@ def _read(value: Any, name: str, num_samples: int, whole: Set[str]) -> list[tupl
     as_samples = len(parts) == num_samples and name not in whole and is_sequence(value)
     if as_samples and _are_samples(value, num_samples):
         return [(name, value, num_samples)]
-    leaves = [leaf for key, item in parts for leaf in _read(item, join(name, key), num_samples, whole)]
+    if not name and is_flat(value):
+        leaves: list[tuple[str, Any, int | None]] = [(each, leaf, length(leaf)) for each, leaf in named_leaves(value)]
+    else:
+        leaves = [leaf for key, item in parts for leaf in _read(item, join(name, key), num_samples, whole)]
     if not is_sequence(value):
         return leaves if isinstance(value, Mapping) or not hasattr(value, "__len__") else [*leaves, (name, value, None)]
     inner = [n for _, leaf, n in leaves if leaf is not _PARTS and (n is not None or is_array(leaf))]

@@ -51,14 +51,17 @@ def step_error(gram: Array, indices: Array, weights: Array | None) -> tuple[Any,
         error ‖(1/n)Σwᵢgᵢ − ḡ‖²; scalars of the same kind.
     """
     n = len(indices)
-    target, rows = gram.mean(1), gram[indices][:, indices]
+    # Sums, and no means nor clip, which numpy has in Python.
+    rows = gram[indices]
+    products, squares = rows.sum(1) / len(gram), rows[:, indices]
     if weights is None:
-        product, square = target[indices].mean(), rows.mean()
+        product, square = products.sum() / n, squares.sum() / n**2
     else:
         share = weights / n
-        product, square = share @ target[indices], share @ rows @ share
-    squared_norm = target.mean()
-    return product / squared_norm, (square - 2 * product + squared_norm).clip(0)
+        product, square = share @ products, share @ squares @ share
+    squared_norm = gram.sum() / len(gram) ** 2
+    error = square - 2 * product + squared_norm
+    return product / squared_norm, (error + abs(error)) / 2
 
 
 class StepQuality:

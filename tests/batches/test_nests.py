@@ -229,3 +229,19 @@ def test_an_object_of_plain_values_is_a_leaf():
 def test_a_bound_and_attributes_are_kept():
     assert resized(deque([1, 2], maxlen=4), [3]).maxlen == 4
     assert resized(Strict(1, 2), [3]).note == "kept"
+
+
+@pytest.mark.parametrize("size", [0, 2, 20])
+@pytest.mark.parametrize("kind", [tuple, list, dict])
+def test_flat_batches_are_read_as_others_are(kind, size):
+    leaves = [torch.arange(M) + i for i in range(size)]
+    flat = {f"a.{i}": leaf for i, leaf in enumerate(leaves)} if kind is dict else kind(leaves)
+    other = UserDict(flat) if kind is dict else UserList(flat)
+    assert [(name, id(leaf)) for name, leaf in named_leaves(flat)] == [
+        (name, id(leaf)) for name, leaf in named_leaves(other)
+    ]
+    mapped = [map_nest(lambda name, leaf: (name, id(leaf)), each) for each in (flat, other)]
+    assert type(mapped[0]) is kind
+    assert list(mapped[0]) == list(mapped[1])
+    assert named_leaves(flat, {""}) == [("", flat)]
+    assert map_nest(lambda name, leaf: [name, leaf], flat, {""}) == ["", flat]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from composer_gradmatch.batches.picked_rows import RowRecord
-from composer_gradmatch.batches.row_codes import codes_of_objects, codes_of_tensors, rows_in_memory
+from composer_gradmatch.batches.row_codes import codes_of_objects, codes_of_tensors, is_all_of, rows_in_memory
 
 N = 6
 WEIGHTS = torch.tensor([0.5, 1.5, 2.0, 0.25, 1.0, 0.75])
@@ -100,3 +100,14 @@ def test_a_batch_without_rows_has_no_weights(copy):
     empty = (INPUTS[:0].clone() if copy else INPUTS[:0], torch.arange(0))
     assert record.rows_now(empty).tolist() == []
     assert record.weights_now(empty, WEIGHTS).tolist() == []
+
+
+def test_all_rows_are_told_from_others_of_the_same_memory():
+    whole = torch.arange(12.0).reshape(4, 3)
+    assert is_all_of(whole[:], whole)
+    assert is_all_of(whole.view(4, 3), whole)
+    others = [whole.flip(0), whole.clone(), whole[:3], whole.view(torch.int32), whole.T.reshape(4, 3)]
+    assert not any(is_all_of(other, whole) for other in others)
+    shown_twice = torch.zeros(1, 3).expand(4, 3)
+    assert not is_all_of(shown_twice[:], shown_twice)
+    assert not is_all_of(torch.zeros(4, 3).to_sparse(), torch.zeros(4, 3).to_sparse())
