@@ -7,7 +7,7 @@ import inspect
 from typing import Any
 
 from composer_gradmatch.data import SHAPES
-from composer_gradmatch.train.builders import build_named
+from composer_gradmatch.studies.building import builder_of
 from composer_gradmatch.train.config import ConfigError
 from composer_gradmatch.train.registry import resolve
 
@@ -66,7 +66,7 @@ def accuracy_metric(config: dict[str, Any], metric: str | None) -> str:
     """
     if not config.get("eval_loader"):
         raise ConfigError("eval_loader: missing; the study compares test accuracy. Add the data set's test split.")
-    names = list(build_named("model", config["model"]).get_metrics(is_train=False))
+    names = builder_of(config).metrics(config)
     found = [name for name in names if (name == metric if metric else "Accuracy" in name)]
     if not found:
         raise ConfigError(
@@ -83,8 +83,10 @@ def learning_rate(config: dict[str, Any]) -> float:
         ConfigError: If neither is a number.
     """
     optimizer = config["optimizer"]
-    parameter = inspect.signature(resolve("optimizer", optimizer["name"])).parameters.get("lr")
-    value = optimizer.get("lr", None if parameter is None else parameter.default)
+    value = optimizer.get("lr")
+    if "lr" not in optimizer:
+        parameter = inspect.signature(resolve("optimizer", optimizer["name"])).parameters.get("lr")
+        value = None if parameter is None else parameter.default
     if not isinstance(value, int | float):
         raise ConfigError("optimizer.lr: missing; the study scales the learning rate. Give one, e.g. 0.1.")
     return float(value)

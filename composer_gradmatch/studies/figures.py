@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-
-mpl.use("Agg")  # Before pyplot is imported: a study draws files, with or without a display.
-
-import matplotlib.pyplot as plt
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -18,12 +17,36 @@ from matplotlib.ticker import ScalarFormatter
 from composer_gradmatch.studies.strategies import STRATEGIES, in_order
 from composer_gradmatch.studies.tables import Table
 
-__all__ = ["BAND", "FULL", "draw_full_line", "draw_lines", "log_ticks", "put_legend_below", "save", "start"]
+__all__ = [
+    "BAND",
+    "FULL",
+    "collecting",
+    "draw_full_line",
+    "draw_lines",
+    "log_ticks",
+    "put_legend_below",
+    "save",
+    "start",
+]
 
 #: What lines between seeds show, for a title.
 BAND = "mean line, min-max band over seeds"
 #: How the full batch is drawn.
 FULL = STRATEGIES["full"]
+
+_collected: ContextVar[dict[str, Figure] | None] = ContextVar("_collected", default=None)
+
+
+@contextmanager
+def collecting() -> Iterator[dict[str, Figure]]:
+    """Gives the figures that are saved within, by their names; a notebook's own style is left as it is."""
+    figures: dict[str, Figure] = {}
+    token = _collected.set(figures)
+    try:
+        with mpl.rc_context():
+            yield figures
+    finally:
+        _collected.reset(token)
 
 
 def start(
@@ -31,17 +54,20 @@ def start(
 ) -> tuple[Figure, list[list[Axes]]]:
     """Starts a figure: its panels, row by row, each of a width and a height in inches."""
     sns.set_theme(context="paper", style="whitegrid", font_scale=1.1)
-    size = (width * columns, height * rows)
-    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=sharey)
+    # Not by pyplot, which would show it in a notebook, and asks for a display elsewhere.
+    figure = Figure(figsize=(width * columns, height * rows))
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=sharey)
     return figure, [list(row) for row in grid]
 
 
 def save(figure: Figure, path: Path) -> None:
     """Writes a figure as PNG and PDF; ``path`` is without a suffix."""
+    figures = _collected.get()
+    if figures is not None:
+        figures[path.name] = figure
     figure.tight_layout()
     for suffix in (".png", ".pdf"):
         figure.savefig(path.with_suffix(suffix), dpi=160, bbox_inches="tight")
-    plt.close(figure)
 
 
 def log_ticks(axis: Any, values: Any) -> None:

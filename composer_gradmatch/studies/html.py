@@ -9,7 +9,7 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 
-__all__ = ["as_html"]
+__all__ = ["as_fragment", "as_html"]
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -65,11 +65,16 @@ def as_html(summary: str, folder: Path, command: str = "") -> str:
         summary += "\n## Figures\n\n" + "\n\n".join(f"![{_words(name)}]({name})" for name in more) + "\n"
     if command:
         summary += f"\n## Made by\n\n```bash\n{command}\n```\n"
-    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(summary)
-    body = body.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
-    body = re.sub(r'src="([^":/]+\.png)"', lambda found: f'src="{_inline(folder / found[1])}"', body)
+    body = as_fragment(summary, folder)
     title = next((line[2:] for line in summary.splitlines() if line.startswith("# ")), "Study")
     return _PAGE.format(title=html.escape(title), body=body)
+
+
+def as_fragment(summary: str, folder: Path) -> str:
+    """Makes a part of a page of Markdown, with the figures that it shows; see :func:`as_html`."""
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(summary)
+    body = body.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
+    return re.sub(r'src="([^":/]+\.png)"', lambda found: f'src="{_inline(folder / found[1])}"', body)
 
 
 def _words(name: str) -> str:

@@ -12,8 +12,8 @@ from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 
 from composer_gradmatch.batches import count_samples, take_samples
+from composer_gradmatch.studies.building import builder_of
 from composer_gradmatch.studies.strategies import selecting_entry, strategy_entry, strategy_named, with_strategy
-from composer_gradmatch.train import build_trainer
 from composer_gradmatch.train.builders import build_algorithms
 
 __all__ = ["Interleaved", "Variant", "fit_interleaved"]
@@ -121,7 +121,7 @@ def fit_interleaved(
     config = {key: value for key, value in with_strategy(config, "full", 1.0).items() if key not in dropped}
     config["optimizer"] = {**config["optimizer"], "lr": 0.0}
     config |= {"max_duration": f"{steps}ba", "global_train_batch_size": batch_size, "save_folder": None}
-    trainer = build_trainer(config)
+    trainer = builder_of(config).trainer(config)
     trainer.state.algorithms.append(interleaved)
     try:
         trainer.fit(train_dataloader=loader)

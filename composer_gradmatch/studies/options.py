@@ -17,6 +17,7 @@ __all__ = [
     "factor",
     "fraction",
     "natural",
+    "noise",
     "positive",
 ]
 
@@ -47,7 +48,7 @@ positive = _number(int, lambda value: value > 0, "a positive integer")
 epochs = _number(int, lambda value: value >= 0, "a number of epochs, 0 or more")
 fraction = _number(float, lambda value: 0 < value < 1, "a fraction in (0, 1)")
 factor = _number(float, lambda value: 0 < value < float("inf"), "a positive number")
-_noise = _number(float, lambda value: 0 <= value <= 1, "a fraction in [0, 1]")
+noise = _number(float, lambda value: 0 <= value <= 1, "a fraction in [0, 1]")
 
 
 def add_seeds(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +62,7 @@ def add_label_noise(parser: argparse.ArgumentParser) -> None:
     """Adds the share of noisy labels."""
     parser.add_argument(
         "--label-noise",
-        type=_noise,
+        type=noise,
         default=0.0,
         metavar="FRACTION",
         help="reassign the labels of this part of the training set at random; default: 0",

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from composer.models import HuggingFaceModel
-
+from composer_gradmatch.studies.building import builder_of
 from composer_gradmatch.studies.configs import quiet, with_label_noise
 from composer_gradmatch.studies.store import Run
 from composer_gradmatch.studies.strategies import STRATEGIES
-from composer_gradmatch.train import check_config
-from composer_gradmatch.train.builders import build_algorithms, build_loader, build_named, try_parts
 from composer_gradmatch.train.config import ConfigError
 from composer_gradmatch.train.register_files import loaded_files
 
@@ -39,28 +36,20 @@ def check_study(config: dict[str, Any], runs: Sequence[Run]) -> None:
     Raises:
         ConfigError: If a run could not work.
     """
-    check_config(config)
-    batch_sizes = {}
-    eval_loader = None
+    builder = builder_of(config)
+    builder.check(config)
     for run in runs:
-        check_config(run.config)
         try:
-            build_algorithms(run.config.get("algorithms"))
-            try_parts(run.config)
+            builder.check_run(run.config)
         except ConfigError as error:
             raise ConfigError(f"{run.key}: {error}") from error
-        batch_sizes[run.config["global_train_batch_size"]] = run.config["train_loader"]
-        eval_loader = run.config.get("eval_loader")
-    if any(map(_uses_composers, runs)) and isinstance(build_named("model", config["model"]), HuggingFaceModel):
+    if any(map(_uses_composers, runs)) and builder.is_huggingface(config):
         raise ConfigError(
             "--strategies: Composer's SelectiveBackprop takes no HuggingFace model (its batches are no pairs, its loss "
             "no function). Leave selective_backprop out; loss samples as it does: --strategies full random loss "
             "gradmatch."
         )
-    for batch_size, section in batch_sizes.items():
-        build_loader(section, batch_size, "train_loader")
-    if eval_loader:
-        build_loader(eval_loader, 1, "eval_loader")
+    builder.check_data(runs)
 
 
 def _uses_composers(run: Run) -> bool:

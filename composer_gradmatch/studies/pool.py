@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -9,6 +11,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -17,7 +20,7 @@ from pathlib import Path
 from composer_gradmatch.studies.provenance import provenance
 from composer_gradmatch.studies.store import Record, Run
 
-__all__ = ["Worker", "run_all", "workers"]
+__all__ = ["Here", "Worker", "run_all", "workers"]
 
 #: Does a run: (rows, details).
 Task = Callable[[Run], tuple[list[dict], dict]]
@@ -47,19 +50,23 @@ def _start_worker(threads: int, gpu: str | None) -> None:
 def _work(task: Task, run: Run, log: Path) -> Record:
     """Runs in the worker, with all that is printed going to the log."""
     started = time.perf_counter()
-    rows, details, error = [], {}, ""
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-        try:
-            rows, details = task(run)
-        except Exception as caught:  # Whatever a run fails of is its result.
-            error = f"{type(caught).__name__}: {caught}"
-            traceback.print_exc()
+        rows, details, error = _tried(task, run)
         sys.stdout.flush()
         sys.stderr.flush()
     seconds = time.perf_counter() - started
     return Record(run.kind, run.settings, run.config, rows, error, provenance(), seconds, details)
+
+
+def _tried(task: Task, run: Run) -> tuple[list[dict], dict, str]:
+    """Does a run: returns its rows and details, and what it failed of."""
+    try:
+        return (*task(run), "")
+    except Exception as caught:  # Whatever a run fails of is its result.
+        traceback.print_exc()
+        return [], {}, f"{type(caught).__name__}: {caught}"
 
 
 def _gpus() -> list[str]:
@@ -102,6 +109,27 @@ class Worker:
             self._executor.shutdown(wait=False)
 
 
+class Here:
+    """Does runs in this process, one after the other: for what no other process can be sent."""
+
+    def do(self, task: Task, run: Run, logs: Path) -> Record:
+        """Does a run, as :meth:`Worker.do` does."""
+        started = time.perf_counter()
+        with (
+            (logs / f"{run.key}.log").open("a") as file,
+            contextlib.redirect_stdout(file),
+            contextlib.redirect_stderr(file),
+            warnings.catch_warnings(),
+        ):
+            rows, details, error = _tried(task, run)
+        gc.collect()  # Of a model and its Trainer, which know each other.
+        seconds = time.perf_counter() - started
+        return Record(run.kind, run.settings, run.config, rows, error, provenance(), seconds, details)
+
+    def close(self) -> None:
+        """Does nothing: there is no other process."""
+
+
 def workers(jobs: int) -> list[Worker]:
     """Gives so many workers, each with its share of the CPU cores and, in turn, one of the GPUs."""
     gpus = _gpus()
@@ -109,7 +137,7 @@ def workers(jobs: int) -> list[Worker]:
     return [Worker(max(1, cores // jobs), gpus[job % len(gpus)] if gpus else None) for job in range(jobs)]
 
 
-def run_all(task: Task, runs: Sequence[Run], jobs: int, logs: Path) -> Iterator[tuple[Run, Record]]:
+def run_all(task: Task, runs: Sequence[Run], jobs: int, logs: Path, here: bool = False) -> Iterator[tuple[Run, Record]]:
     """Does runs in ``jobs`` processes, each with its share of the CPU cores and, in turn, one of the GPUs.
 
     Workers end with this process, however it ends.
@@ -119,6 +147,7 @@ def run_all(task: Task, runs: Sequence[Run], jobs: int, logs: Path) -> Iterator[
         runs (Sequence[Run]): What to do.
         jobs (int): Processes.
         logs (Path): A folder for what the runs print, a file each.
+        here (bool, optional): Whether they are done in this process, in the place of all that. Default: ``False``.
 
     Yields:
         tuple[Run, Record]: As runs end. One whose process died has the error in its record.
@@ -126,6 +155,10 @@ def run_all(task: Task, runs: Sequence[Run], jobs: int, logs: Path) -> Iterator[
     logs.mkdir(parents=True, exist_ok=True)
     jobs = min(jobs, len(runs))
     if not jobs:
+        return
+    if here:
+        for run in runs:
+            yield run, Here().do(task, run, logs)
         return
     local = threading.local()
     idle = workers(jobs)

@@ -8,18 +8,26 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from composer_gradmatch.studies.building import builder_of
 from composer_gradmatch.studies.planning import check_study, identity
 from composer_gradmatch.studies.pool import run_all
 from composer_gradmatch.studies.registry import STUDIES
 from composer_gradmatch.studies.report import write_report
 from composer_gradmatch.studies.store import Run, Store
 from composer_gradmatch.studies.tasks import for_workers
-from composer_gradmatch.train import check_config
 
-__all__ = ["run_study"]
+__all__ = ["make_study", "run_study"]
 
 
-def run_study(
+def run_study(config: dict[str, Any], name: str, study: str, out: Path, **options: Any) -> int:
+    """Does what :func:`make_study` does, and prints the summary: returns 0, or 1 if no run succeeded."""
+    succeeded = make_study(config, name, study, out, **options)
+    print((out / "summary.md").read_text())
+    print(f"Results, figures and logs of the runs are in {out}.")
+    return 0 if succeeded else 1
+
+
+def make_study(
     config: dict[str, Any],
     name: str,
     study: str,
@@ -46,12 +54,12 @@ def run_study(
         options: The study's own; see the command line.
 
     Returns:
-        int: 0, or 1 if no run succeeded.
+        int: The runs in the folder that succeeded.
 
     Raises:
         ConfigError: If the study cannot be run.
     """
-    check_config(config)
+    builder_of(config).check(config)
     plan = STUDIES[study].load().plan(config, strategies, keep, **options)
     check_study(config, plan.runs)
     store = Store(out, identity(study, config, **plan.shared))
@@ -59,10 +67,8 @@ def run_study(
         for run in plan.alone:
             _make(store, [run], 1, retry_failed)
         _make(store, plan.runs if plan.adapt is None else plan.adapt(store, retry_failed), jobs, retry_failed)
-        summary = write_report(store, study, name, command)
-        print(summary.read_text())
-        print(f"Results, figures and logs of the runs are in {out}.")
-        return 0 if any(not record.error for record in store.records(study)) else 1
+        write_report(store, study, name, command)
+        return sum(not record.error for record in store.records(study))
     finally:
         store.close()
 
@@ -74,8 +80,9 @@ def _make(store: Store, runs: Sequence[Run], jobs: int, retry_failed: bool) -> N
     study = STUDIES[runs[0].kind]
     missing = [run for run in runs if not store.has(run, retry_failed)]
     label = {"total": len(runs), "initial": len(runs) - len(missing), "desc": study.name}
+    here = builder_of(runs[0].config).here
     with tqdm(**label, unit="run", dynamic_ncols=True) as bar:
-        for run, record in run_all(for_workers(study.task), missing, jobs, store.folder / "logs"):
+        for run, record in run_all(for_workers(study.task), missing, jobs, store.folder / "logs", here):
             store.save(run, record)
             if record.error:
                 bar.write(f"{run.key} failed: {record.error}")

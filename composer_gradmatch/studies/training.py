@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from composer_gradmatch.studies.building import builder_of
 from composer_gradmatch.studies.recorder import RunRecorder
 from composer_gradmatch.studies.store import Run
-from composer_gradmatch.train import build_trainer
 
 __all__ = ["training"]
 
@@ -14,7 +14,7 @@ __all__ = ["training"]
 def training(run: Run) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Trains the run's config: one row, with the best and the last evaluation; all of them are the details."""
     recorder = RunRecorder(run.options["metric"])
-    trainer = build_trainer(run.config, recorder)
+    trainer = builder_of(run.config).trainer(run.config, recorder)
     try:
         trainer.fit()
         time = trainer.state.timestamp

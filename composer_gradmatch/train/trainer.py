@@ -7,11 +7,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from composer import Trainer
+from composer.core import Algorithm
 from composer.utils import dist, get_device, reproducibility
 from composer.utils.file_helpers import format_name_with_dist
 
@@ -32,7 +34,7 @@ from composer_gradmatch.train.run_summary import RunSummary
 from composer_gradmatch.train.schema import TRAINER_KEYS, check_config
 from composer_gradmatch.train.setting_up import BatchesBegun, check_samples, setting_up
 
-__all__ = ["build_trainer", "expect_small_batches", "train"]
+__all__ = ["build_trainer", "expect_small_batches", "needs_numbers", "train"]
 
 
 def _run_folder(config: dict[str, Any], run_name: str) -> Path | None:
@@ -83,6 +85,12 @@ def _with_log_file(loggers: dict[str, Any] | None, folder: Path | None) -> dict[
     return loggers
 
 
+def needs_numbers(algorithms: Sequence[Algorithm]) -> bool:
+    """Tells whether an algorithm keeps what it saw of samples that have no numbers of their own."""
+    with_store = [each for each in algorithms if isinstance(each, RuleBackprop) and each.refresh is not None]
+    return any(each.sample_id_key is None for each in with_store)
+
+
 def build_trainer(config: dict[str, Any], summary: RunSummary | None = None) -> Trainer:
     """Builds the Trainer that a config describes; no step is made.
 
@@ -114,9 +122,7 @@ def build_trainer(config: dict[str, Any], summary: RunSummary | None = None) -> 
             f"multiple of {world_size}."
         )
     batch_size = global_batch_size // world_size
-    with_store = [each for each in algorithms if isinstance(each, RuleBackprop) and each.refresh is not None]
-    numbered = any(each.sample_id_key is None for each in with_store)
-    train_loader = build_loader(config["train_loader"], batch_size, "train_loader", numbered)
+    train_loader = build_loader(config["train_loader"], batch_size, "train_loader", needs_numbers(algorithms))
     eval_loader = None
     if config.get("eval_loader"):
         eval_batch_size = config.get("device_eval_batch_size", batch_size)

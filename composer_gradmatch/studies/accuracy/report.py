@@ -4,54 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
-import pandas as pd
-
+from composer_gradmatch.studies.accuracy.differences import (
+    COLUMNS,
+    Costs,
+    at_equal_cost,
+    by_seed,
+    comparisons,
+    paired_with,
+)
 from composer_gradmatch.studies.accuracy.figures import draw_accuracy, draw_accuracy_over_cost
 from composer_gradmatch.studies.accuracy.times import time_lines
-from composer_gradmatch.studies.statistics import Difference, compare_at_cost, compare_paired, what_seeds_can_tell
-from composer_gradmatch.studies.store import Store
+from composer_gradmatch.studies.statistics import Difference, what_seeds_can_tell
+from composer_gradmatch.studies.store import Store, write_atomically
 from composer_gradmatch.studies.strategies import strategy_named
 from composer_gradmatch.studies.tables import Table, cell_order, conditions, frame, markdown, measured_costs, range_of
 
-__all__ = ["paired_with", "report_accuracy"]
-
-Costs = dict[tuple[str, float], tuple[float, float, float]]
-_COLUMNS = {"best": "best_accuracy", "last": "last_accuracy"}
-
-
-def _by_seed(data: Table, strategy: str, keep: float, column: str) -> Table:
-    own = data[(data["strategy"] == strategy) & (data["keep"] == keep)]
-    return own.set_index("seed")[column].astype(float)
-
-
-def paired_with(data: Table, cell: tuple[str, float], other: tuple[str, float], column: str) -> Difference:
-    """Gives the difference of a cell (strategy, keep) to another one over the seeds that both have."""
-    difference = _by_seed(data, *cell, column) - _by_seed(data, *other, column)
-    return compare_paired(difference.dropna().tolist())
-
-
-def at_equal_cost(data: Table, cell: tuple[str, float], costs: Costs, column: str) -> Difference | None:
-    """Gives the difference of a cell to random's curve at the cell's own measured cost; None if it cannot be told."""
-    keeps = sorted(set(data.loc[data["strategy"] == "random", "keep"]))
-    points = [("random", keep) for keep in keeps] + [("full", 1.0)]
-    points = [point for point in points if point in costs and len(_by_seed(data, *point, column))]
-    if cell not in costs or len(points) < 2:
-        return None
-    table = pd.concat([_by_seed(data, *point, column) for point in points], axis=1).dropna()
-    own = _by_seed(data, *cell, column)
-    seeds = [seed for seed in own.index if seed in table.index]
-    curve_costs = [costs[point][0] for point in points]
-    return compare_at_cost(own[seeds].tolist(), costs[cell], curve_costs, table.loc[seeds].to_numpy().tolist())
+__all__ = ["report_accuracy"]
 
 
 def report_accuracy(store: Store, name: str) -> list[str]:
-    """Writes the table of costs, draws the figures and returns the summary's lines."""
+    """Writes the tables of costs and of comparisons, draws the figures and returns the summary's lines."""
     store.write_table("step-time", "costs.csv")
     data = frame(store.records("accuracy"))
     lines = [f"# Accuracy study of {name}", "", *conditions(store, "accuracy"), ""]
     if data.empty:
         return [*lines, "No run succeeded: there is nothing to compare."]
     costs = measured_costs(store)
+    write_atomically(store.folder / "comparisons.csv", comparisons(data, costs).to_csv(index=False))
     cells = cell_order(data)
     noise, batch_size = data["label_noise"].iloc[0], data["batch_size"].iloc[0]
     title = f"{name}, label noise {noise:.0%}, {batch_size} batch size, {data['seed'].nunique()} seeds"
@@ -66,7 +45,7 @@ def report_accuracy(store: Store, name: str) -> list[str]:
     rows = []
     for cell in cells:
         own = data[(data["strategy"] == cell[0]) & (data["keep"] == cell[1])]
-        ranges = [range_of(own[column]) for column in _COLUMNS.values()]
+        ranges = [range_of(own[column]) for column in COLUMNS.values()]
         versus = ["" if cell[0] == "full" else str(paired_with(data, cell, ("full", 1.0), "last_accuracy"))]
         rows.append([cell[0], f"{cell[1]:g}", len(own), *ranges, *versus])
     head = ["strategy", "keep", "runs", "best: mean (min to max)", "last: mean (min to max)", "last: minus full batch"]
@@ -74,12 +53,12 @@ def report_accuracy(store: Store, name: str) -> list[str]:
 
     compared = [cell for cell in cells if cell[0] not in ("random", "full")]
     verdicts, differences = [], []
-    tables: dict[str, list[list[Any]]] = {column: [] for column in _COLUMNS}
+    tables: dict[str, list[list[Any]]] = {column: [] for column in COLUMNS}
     for cell in compared:
         cost = costs.get(cell)
         shown = f"{cost[0]:.2f} ({cost[1]:.2f} to {cost[2]:.2f})" if cost else "not measured"
         words = []
-        for label, column in _COLUMNS.items():
+        for label, column in COLUMNS.items():
             equal_keep = paired_with(data, cell, ("random", cell[1]), column)
             equal_cost = at_equal_cost(data, cell, costs, column)
             differences += [equal_keep, *([] if equal_cost is None else [equal_cost])]
@@ -118,12 +97,12 @@ def report_accuracy(store: Store, name: str) -> list[str]:
 
 def _cheaper_random(data: Table, cell: tuple[str, float], costs: Costs) -> str:
     """Says so if random reaches the cell's mean accuracy at a lower cost: its curve need not rise with cost."""
-    own = _by_seed(data, *cell, "last_accuracy").mean()
+    own = by_seed(data, *cell, "last_accuracy").mean()
     cheaper = [
         (cost[0], other)
         for other, cost in costs.items()
         if other[0] == "random" and cell in costs and cost[2] < costs[cell][1]
-        if _by_seed(data, *other, "last_accuracy").mean() >= own
+        if by_seed(data, *other, "last_accuracy").mean() >= own
     ]
     if not cheaper:
         return ""

@@ -16,10 +16,10 @@ from composer_gradmatch.algorithms.rule_backprop import RuleBackprop
 from composer_gradmatch.rules.candidates import Candidates
 from composer_gradmatch.rules.picks import WholeBatch
 from composer_gradmatch.rules.rule import Rule
+from composer_gradmatch.studies.building import builder_of
 from composer_gradmatch.studies.interleave import Interleaved, Variant
 from composer_gradmatch.studies.store import Run
 from composer_gradmatch.studies.strategies import selecting_entry
-from composer_gradmatch.train import build_trainer
 
 __all__ = ["NoiseScale", "noise_scale", "parts_of_gram"]
 
@@ -75,7 +75,7 @@ def noise_scale(run: Run) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     options = {"found": measured}
     algorithm = RuleBackprop(rule, start=0.0, end=1.0, keep=0.5, interrupt=0, options=options, **keys)
     size = config["global_train_batch_size"]
-    trainer = build_trainer(config)
+    trainer = builder_of(config).trainer(config)
     trainer.state.algorithms.append(Interleaved([Variant("full", 1.0, size, algorithm, 1.0)], run.options["config"]))
     try:
         trainer.fit()

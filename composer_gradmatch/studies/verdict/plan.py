@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from composer_gradmatch.studies.building import builder_of
 from composer_gradmatch.studies.configs import accuracy_metric, quiet
 from composer_gradmatch.studies.planning import cells, training_run
 from composer_gradmatch.studies.step_time.plan import step_time_run
@@ -25,7 +26,6 @@ from composer_gradmatch.studies.verdict.runs import TRAINING, batches_of, runs_o
 from composer_gradmatch.studies.verdict.source import make_in_worker, stored
 from composer_gradmatch.studies.verdict.trial import FULL, Cell, Trial
 from composer_gradmatch.studies.verdict.tuning import tuning_rate
-from composer_gradmatch.train.builders import build_loader
 from composer_gradmatch.train.config import ConfigError
 
 __all__ = ["plan_verdict"]
@@ -73,10 +73,10 @@ def plan_verdict(
 
 
 def _test_samples(config: dict[str, Any]) -> int:
-    loader = build_loader(config["eval_loader"], 1, "eval_loader")
+    samples = builder_of(config).test_samples(config)
     subset = config.get("eval_subset_num_batches") or -1
     size = config.get("device_eval_batch_size", config["global_train_batch_size"])
-    return len(loader) if subset < 0 else min(len(loader), subset * size)
+    return samples if subset < 0 else min(samples, subset * size)
 
 
 def _conduct(

@@ -8,11 +8,11 @@ from typing import Any
 
 from composer.core import Time
 
+from composer_gradmatch.studies.building import builder_of
 from composer_gradmatch.studies.planning import training_run
 from composer_gradmatch.studies.store import Run
 from composer_gradmatch.studies.strategies import with_strategy
 from composer_gradmatch.studies.verdict.trial import Trial
-from composer_gradmatch.train.builders import build_loader
 
 __all__ = ["TRAINING", "batches_of", "runs_of", "validating"]
 
@@ -42,7 +42,7 @@ def batches_of(config: dict[str, Any]) -> int | None:
     ratio = config.get("scale_schedule_ratio") or 1.0
     size = config["global_train_batch_size"]
     if duration.unit.value == "ep":
-        epoch = len(build_loader(config["train_loader"], size, "train_loader"))
+        epoch = builder_of(config).batches(config)
         subset = config.get("train_subset_num_batches") or -1
         return int(duration.value * ratio) * (epoch if subset < 0 else min(epoch, subset))
     return {"ba": int(duration.value * ratio), "sp": int(duration.value * ratio) // size}.get(duration.unit.value)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from composer_gradmatch.studies.pool import workers
+from composer_gradmatch.studies.building import builder_of
+from composer_gradmatch.studies.pool import Here, workers
 from composer_gradmatch.studies.store import Record, Run, Store
 from composer_gradmatch.studies.tasks import for_workers
 from composer_gradmatch.studies.verdict.trial import Outcome, Source, Trial
@@ -50,15 +51,18 @@ def outcome_of(record: Record) -> Outcome:
 def make_in_worker(store: Store) -> Iterator[Callable[[Run, str], Record]]:
     """Gives what makes a run by a task, in one process with all cores and one GPU, so that nothing disturbs its times.
 
+    What can be built in this process alone is made in it.
+
     A record's seconds are all that went by, with the start of the process, since that is what a budget is of.
     """
     logs = store.folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     (worker,) = workers(1)
+    here = Here()
 
     def make(run: Run, task: str) -> Record:
         begun = time.perf_counter()
-        record = worker.do(for_workers(task), run, logs)
+        record = (here if builder_of(run.config).here else worker).do(for_workers(task), run, logs)
         return replace(record, seconds=time.perf_counter() - begun)
 
     try:
