@@ -11,8 +11,7 @@ from documents import PACKAGE, blocks, commands, write_files
 
 import composer_gradmatch.studies.__main__ as studies
 import composer_gradmatch.studies.run_study as run_study
-from composer_gradmatch.studies.provenance import provenance
-from composer_gradmatch.studies.store import Record
+from composer_gradmatch.studies.pool import run_all
 from composer_gradmatch.train.command import main as train
 
 PAGE = (PACKAGE / "train/OWN_MODEL.md").read_text()
@@ -29,10 +28,8 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def in_this_process(task, runs, jobs, logs):
-    for run in runs:
-        rows, details = task(run)
-        yield run, Record(run.kind, run.settings, run.config, rows, "", provenance(), 1.0, details)
+def in_this_process(task, runs, jobs, logs, here):
+    return run_all(task, runs, jobs, logs, here=True)
 
 
 def test_the_page_from_beginning_to_end(folder, monkeypatch, capsys, nothing_registered):
