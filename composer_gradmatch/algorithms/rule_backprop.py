@@ -13,8 +13,9 @@ from composer_gradmatch.algorithms.selector import Selector
 from composer_gradmatch.algorithms.subset_backprop import SubsetBackprop
 from composer_gradmatch.batches.sample_numbers import Numbering
 from composer_gradmatch.candidates.one_pass import OnePass
+from composer_gradmatch.candidates.refresh import check_refresh
 from composer_gradmatch.candidates.source import Source
-from composer_gradmatch.candidates.stored import StoredLooks, check_refresh
+from composer_gradmatch.candidates.stored import StoredLooks
 from composer_gradmatch.candidates.suspects import Suspects
 from composer_gradmatch.candidates.two_passes import TwoPasses
 from composer_gradmatch.candidates.watched_layer import WatchedLayer

@@ -15,7 +15,7 @@ from composer_gradmatch.benchmarks.models import MODELS
 from composer_gradmatch.benchmarks.omp import SIZES, measure_omp
 from composer_gradmatch.benchmarks.solvers import measure_greedy, measure_solvers
 from composer_gradmatch.benchmarks.store import measure_store
-from composer_gradmatch.candidates.stored import check_refresh
+from composer_gradmatch.candidates.refresh import check_refresh
 from composer_gradmatch.train.config import ConfigError, load_config
 from composer_gradmatch.train.trainer import expect_small_batches
 

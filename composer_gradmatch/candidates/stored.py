@@ -2,55 +2,30 @@
 
 from __future__ import annotations
 
-import logging
 from functools import cache
 from typing import Any, Literal
 
 import torch
-from composer.core import State, Time, TimeUnit
+from composer.core import State, Time
 from composer.utils import dist
 
 from composer_gradmatch.batches.sample_numbers import Numbering
 from composer_gradmatch.candidates.output_layer_again import OutputLayerAgain
+from composer_gradmatch.candidates.refresh import check_refresh
 from composer_gradmatch.candidates.sample_store import SampleStore, Seen
 from composer_gradmatch.candidates.source import Source
+from composer_gradmatch.candidates.store_of_run import StoreOfRun
 from composer_gradmatch.candidates.suspects import Suspects, margins_of
 from composer_gradmatch.candidates.training_looks import TrainingLooks
 from composer_gradmatch.candidates.two_passes import TwoPasses
 from composer_gradmatch.forward.batch_norm import fewest_in_a_microbatch
 from composer_gradmatch.forward.ranks import largest_on_all_ranks, needs_all_ranks, unwrap
 from composer_gradmatch.forward.sample_checks import Rows
-from composer_gradmatch.last_layer import OutputLayer
 from composer_gradmatch.last_layer.gradients import all_finite
 from composer_gradmatch.rules.candidates import Candidates
 from composer_gradmatch.rules.cost import FORWARD_SHARE, Passes
 
-__all__ = ["StoredLooks", "check_refresh"]
-
-log = logging.getLogger(__name__)
-
-#: The most bytes of a store that go into a checkpoint.
-CHECKPOINT_LIMIT = 256 * 2**20
-
-
-def check_refresh(refresh: Any) -> Time:
-    """Reads how old a look may be.
-
-    Args:
-        refresh (str | Time): A positive time in epochs or batches.
-
-    Raises:
-        ValueError: If it is none.
-    """
-    try:
-        time = Time.from_input(refresh, TimeUnit.EPOCH)
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"refresh must be a time such as '5ep', or None for a look in each step; got {refresh!r}."
-        ) from error
-    if time.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH) or time.value != int(time.value) or time.value < 1:
-        raise ValueError(f"refresh must be a whole number of epochs ('5ep') or batches ('500ba'); got {refresh!r}.")
-    return time
+__all__ = ["StoredLooks"]
 
 
 class StoredLooks(Source):
@@ -85,23 +60,24 @@ class StoredLooks(Source):
         super().__init__(two_passes.reader)
         self.two_passes, self.numbering, self.suspects = two_passes, numbering, suspects
         self.layer, self.selection_pass = two_passes.layer, two_passes.selection_pass
-        self.refresh, self.limit, self.device = check_refresh(refresh), limit, device
+        self.refresh = check_refresh(refresh)
         self.training = TrainingLooks(self.selection_pass, self.layer)
         self._again = OutputLayerAgain(self.selection_pass, self.layer)
+        unit = self.refresh.unit.value
+        self.kept = StoreOfRun(self.selection_pass, self.layer, self._again, unit, limit, device, suspects)
         self.reset()
 
     def reset(self) -> None:
         """Forgets what belongs to one Trainer."""
-        self.store: SampleStore | None = None
-        self._restored: dict[str, Any] = {}
+        self.kept.reset()
         #: The numbers of the minibatch's samples.
         self.numbers = torch.empty(0, dtype=torch.int64)
-        #: Whether P and losses are computed from H; not known before the first batch.
-        self._computes = False
-        #: The output layer that what is stored was made for.
-        self._made_for: OutputLayer | None = None
-        self._said = False
         self._forget_step()
+
+    @property
+    def store(self) -> SampleStore | None:
+        """What is stored; None before the first batch."""
+        return self.kept.store
 
     def _forget_step(self) -> None:
         self.training.clear()
@@ -114,7 +90,7 @@ class StoredLooks(Source):
     def reset_fit(self, state: State) -> None:
         """Forgets a step: see :class:`.Source`."""
         self.two_passes.reset_fit(state)
-        self._made_for = None
+        self.kept.reset_fit()
         self._forget_step()
 
     def begin_fit(self, state: State) -> None:
@@ -133,14 +109,7 @@ class StoredLooks(Source):
                 "refresh keeps a row for each sample, but the training data do not say how many there are (no "
                 "__len__). Give the data set a length, or leave refresh out."
             )
-        if self.numbering.has_changed and self.store is not None:
-            self.selection_pass.warn("the training data are not those of the last fit: what was stored is forgotten.")
-            self.store = None
-        if self._restored and len(self._restored["stamps"]) != size:
-            raise ValueError(
-                f"The checkpoint has a store of {len(self._restored['stamps'])} samples, but the training data have "
-                f"{size}. Resume on the same data, or load the weights alone (load_weights_only=True)."
-            )
+        self.kept.begin_fit(size, self.numbering.has_changed)
 
     @property
     def passes(self) -> Passes:
@@ -163,9 +132,8 @@ class StoredLooks(Source):
 
     def look(self, state: State, num_samples: int) -> Candidates:
         """Looks at what is due: see :class:`.Source`."""
-        if self.layer is not None and self.layer.of(state) != self._made_for:
-            self._prepare(state)  # It was replaced.
-        store, numbers = self._store(state), self._check_numbers(num_samples)
+        self.kept.follow_layer(state)
+        store, numbers = self.kept.of(state), self._check_numbers(num_samples)
         self._time = int(state.timestamp.get(self.refresh.unit).value)
         rows = self._rows_to_look_at(state, store, numbers)
         self._looked_at, self._num_samples = len(rows), num_samples
@@ -218,7 +186,7 @@ class StoredLooks(Source):
 
         @cache
         def losses_and_grads() -> tuple[torch.Tensor, torch.Tensor]:
-            if self._computes:
+            if self.kept.computes:
                 if state.batch is not batch:
                     raise RuntimeError("candidates of stored looks are to be asked for losses and P before the step.")
                 return self._again.losses_and_grads(state, inputs)
@@ -253,9 +221,7 @@ class StoredLooks(Source):
 
     def suspected(self) -> torch.Tensor:
         """Lists the numbers of all samples that are suspected now."""
-        if self.store is None or self.suspects is None:
-            return torch.empty(0, dtype=torch.int64)
-        return (self.store.margins > self.suspects.margin).nonzero().flatten()
+        return self.kept.suspected()
 
     def rehearse(self, state: State, num_samples: int) -> Candidates:
         """Looks at the first batch, finds out whether P can be computed from H, and makes the store: :class:`.Source`.
@@ -269,59 +235,9 @@ class StoredLooks(Source):
             self._refuse_positions(candidates)
         if self.suspects is not None:
             margins_of(self._again.logits(state, candidates.inputs.float()), candidates.labels)
-        self._prepare(state)
-        store = self._store(state)
-        if not self._said:
-            self._said = True
-            self._say(state, store)
+        self.kept.prepare(state)
+        self.kept.say(state)
         return candidates
-
-    def _prepare(self, state: State) -> None:
-        """Finds out whether P can be computed from H, and forgets what is stored if it is not what this run keeps.
-
-        Raises:
-            ValueError: If margins of suspects cannot be told.
-        """
-        parts = self.store.state_dict() if self.store is not None else self._restored
-        widths: dict[str, int] = {}
-        can_compute = False
-        if self.layer is not None:
-            layer = self._made_for = self.layer.of(state)
-            widths["inputs"] = SampleStore.width_within(self.numbering.size or 1, layer.in_features, self.limit)
-            can_compute = widths["inputs"] == layer.in_features and self._again.is_what_the_loss_takes(state)
-            if self.suspects is not None:
-                _check_suspects(can_compute, layer.out_features)
-            if not can_compute or "output_grads" in parts:
-                widths["output_grads"] = layer.out_features
-        unit = parts.get("unit", self.refresh.unit.value)
-        fits = unit == self.refresh.unit.value and all(
-            name in parts and parts[name].shape[1] == width for name, width in widths.items()
-        )
-        if "stamps" in parts and not fits:
-            if bool((parts["stamps"] >= 0).any()):
-                self.selection_pass.warn(
-                    "what was stored of the samples' looks is not what is needed now (refresh in another unit, other "
-                    "suspects or store_limit, another rule or output layer): it is forgotten, and all samples are "
-                    "looked at again."
-                )
-            self.store, self._restored = None, {}
-        self._computes = can_compute and not (fits and "output_grads" in widths)
-
-    def _say(self, state: State, store: SampleStore) -> None:
-        per_sample = 16
-        if self.layer is not None:
-            layer = self.layer.of(state)
-            per_sample += 2 * SampleStore.width_within(store.size, layer.in_features, self.limit)
-            per_sample += 0 if self._computes else 4 * layer.out_features
-        total = per_sample * store.size
-        text = (
-            f"{self.selection_pass.owner} keeps {per_sample:,} bytes of each of {store.size:,} samples "
-            f"({total / 2**20:,.1f} MiB, on the {'host' if store.device.type == 'cpu' else 'device'})"
-        )
-        if total > CHECKPOINT_LIMIT:
-            text += ", more than goes into a checkpoint (256 MiB): after a resumption it looks at all samples again"
-            self.selection_pass.warn(text.removeprefix(f"{self.selection_pass.owner} ") + ".")
-        log.info("%s.", text)
 
     def rows_of(self, state: State, batch: Any, num_samples: int) -> Rows | None:
         """Looks as a pass does: see :class:`.Source`."""
@@ -340,8 +256,8 @@ class StoredLooks(Source):
         """
         numbers = None if rows is None else self.numbers[rows]
         # Where losses and P are computed from H, H is all that there is to see.
-        with_grads = self.layer is not None and not self._computes
-        self.training.before_loss(state, numbers, rows, with_losses=not self._computes, with_grads=with_grads)
+        with_grads = self.layer is not None and not self.kept.computes
+        self.training.before_loss(state, numbers, rows, with_losses=not self.kept.computes, with_grads=with_grads)
 
     def share(self, state: State) -> None:
         """Keeps what the step has shown, on all ranks alike.
@@ -356,7 +272,7 @@ class StoredLooks(Source):
         else:
             mine = [each.cpu() for each in looks], [each.cpu() for each in trained], judged, as_it_is
             everything = dist.all_gather_object(mine)
-        store = self._store(state)
+        store = self.kept.of(state)
         for kind in (0, 1):  # What was trained on was seen last.
             for of_rank in everything:
                 for seen in of_rank[kind]:
@@ -365,43 +281,16 @@ class StoredLooks(Source):
             for numbers, averages in margins:
                 store.margins[numbers] = averages
         self._seen, self._judged = [], []
-        if self._computes and not all(each for *_, each in everything):
-            self._compute_no_more(state)
-
-    def _compute_no_more(self, state: State) -> None:
-        """Begins to keep P, since it is not what follows from the layer's output alone any more."""
-        self.selection_pass.warn(
-            "the model has begun to make something else of its output layer's output (a clamp, a temperature), which "
-            "losses and gradients of stored inputs cannot be computed from: those of each look are kept from now on, "
-            "and all samples are looked at again."
-            + (" Suspects are told by the layer's own output." if self.suspects is not None else "")
-        )
-        margins = self._store(state).margins
-        self.store, self._computes = None, False
-        self._store(state).margins = margins
+        if self.kept.computes and not all(each for *_, each in everything):
+            self.kept.compute_no_more(state)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tells what a checkpoint keeps: all of the store, or nothing where that is too much."""
-        if self.store is None:
-            return self._restored
-        if self.store.bytes > CHECKPOINT_LIMIT:
-            return {}
-        return {**self.store.state_dict(), "unit": self.refresh.unit.value}
+        """Tells what a checkpoint keeps: see :class:`.StoreOfRun`."""
+        return self.kept.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned."""
-        self._restored = state
-
-    def _store(self, state: State) -> SampleStore:
-        if self.store is None:
-            assert self.numbering.size is not None
-            device = None if self.device == "cpu" else state.device.tensor_to_device(torch.zeros(())).device
-            keeps_grads = self.layer is not None and not self._computes
-            self.store = SampleStore(self.numbering.size, self.limit, device, keeps_grads)
-            if self._restored:
-                self.store.load_state_dict(self._restored)
-                self._restored = {}
-        return self.store
+        self.kept.load_state_dict(state)
 
     def _check_numbers(self, num_samples: int) -> torch.Tensor:
         if len(self.numbers) != num_samples:
@@ -418,22 +307,3 @@ class StoredLooks(Source):
                 "positions of each (a language model's head). Leave refresh out, name a layer that runs once a sample "
                 "as output_layer, or use LossBackprop, whose losses can be kept."
             )
-
-
-def _check_suspects(can_compute: bool, num_outputs: int) -> None:
-    """Raises if margins of suspects cannot be told.
-
-    Raises:
-        ValueError: If the output layer's outputs are not what the loss takes, or are not the logits of classes.
-    """
-    if not can_compute:
-        raise ValueError(
-            "suspects are told by the output layer's logits on stored inputs, but the loss takes something else than "
-            "that layer's output (or the store keeps a projection of its inputs: raise store_limit). Leave suspects "
-            "out."
-        )
-    if num_outputs < 2:
-        raise ValueError(
-            "suspects are told by the probability of another class than the label's, but the output layer has one "
-            "output. Give it one for each class, with a cross-entropy of both, or leave suspects out."
-        )

@@ -71,6 +71,28 @@ class Suspects:
         after = Time.from_input(self.after)
         return state.timestamp.get(after.unit).value >= after.value
 
+    def check_layer(self, can_compute: bool, num_outputs: int) -> None:
+        """Raises if margins cannot be told at an output layer.
+
+        Args:
+            can_compute (bool): Whether the loss follows from the layer's output on stored inputs.
+            num_outputs (int): C.
+
+        Raises:
+            ValueError: If the output layer's outputs are not what the loss takes, or are not the logits of classes.
+        """
+        if not can_compute:
+            raise ValueError(
+                "suspects are told by the output layer's logits on stored inputs, but the loss takes something else "
+                "than that layer's output (or the store keeps a projection of its inputs: raise store_limit). Leave "
+                "suspects out."
+            )
+        if num_outputs < 2:
+            raise ValueError(
+                "suspects are told by the probability of another class than the label's, but the output layer has one "
+                "output. Give it one for each class, with a cross-entropy of both, or leave suspects out."
+            )
+
 
 def margins_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Computes the largest probability of another class less that of the label.

@@ -139,7 +139,7 @@ def test_stored_looks_compute_what_they_keep_again():
     for linear in (False, True):
         algorithm = GradMatch(**ON, refresh="2ep")
         runs.append(train(Multiplied(linear), algorithm, numbered=True, max_duration="4ep"))
-        assert algorithm.selector.source._computes
+        assert algorithm.selector.source.kept.computes
         assert algorithm.selector.source.store.inputs.shape == (N, WIDTH)
     assert runs[0][1] == runs[1][1]
 

@@ -390,7 +390,7 @@ def test_a_checkpoint_that_keeps_more_is_taken(tmp_path):
 
 
 def test_a_store_that_is_too_large_for_a_checkpoint_says_so(monkeypatch):
-    monkeypatch.setattr("composer_gradmatch.candidates.stored.CHECKPOINT_LIMIT", 100)
+    monkeypatch.setattr("composer_gradmatch.candidates.store_of_run.CHECKPOINT_LIMIT", 100)
     algorithm = GradMatch(**ON, refresh="2ep")
     with pytest.warns(UserWarning, match=r"bytes of each of 60 samples.*looks at all samples again"):
         fitted(algorithm)
