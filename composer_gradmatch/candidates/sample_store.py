@@ -12,6 +12,8 @@ __all__ = ["SampleStore", "Seen"]
 
 #: Of a sample that was never looked at.
 _NEVER = -(2**62)
+#: What rows of H are kept in, and what else where a value is larger than that holds: as many bytes, fewer digits.
+_HALF, _WIDE = torch.float16, torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class SampleStore:
         self.losses = torch.zeros(size, device=self.device)
         #: An average over visits of how much more probable another class is than the label's; NaN: not known.
         self.margins = torch.full((size,), float("nan"))
+        #: In half precision, or in bfloat16 where a value is larger than that holds.
         self.inputs: torch.Tensor | None = None
         self.output_grads: torch.Tensor | None = None
         self._projection: torch.Tensor | None = None
@@ -129,7 +132,7 @@ class SampleStore:
     def put(self, seen: Seen, now: int) -> None:
         """Keeps what was seen of samples; of one that is there twice, the last.
 
-        Rows that are not finite in half precision are not kept: their samples count as never seen.
+        Rows that are not finite are not kept: their samples count as never seen.
 
         Args:
             seen (Seen): It.
@@ -143,11 +146,10 @@ class SampleStore:
             self.losses[at] = losses
             usable &= losses.isfinite().cpu()
         if seen.inputs is not None:
-            inputs = self._shortened(seen.inputs.detach()).to(self.device, torch.float16)
-            if self.inputs is None:
-                self.inputs = torch.zeros(self.size, inputs.shape[1], dtype=torch.float16, device=self.device)
-            self.inputs[at] = inputs
-            usable &= inputs.isfinite().all(1).cpu()
+            rows = self._in_kept_form(seen)
+            assert self.inputs is not None
+            self.inputs[at] = rows
+            usable &= rows.isfinite().all(1).cpu()
         if self.keeps_grads and seen.output_grads is not None:
             grads = seen.output_grads.detach().to(self.device, torch.float32)
             if self.output_grads is None:
@@ -155,6 +157,33 @@ class SampleStore:
             self.output_grads[at] = grads
             usable &= grads.isfinite().all(1).cpu()
         self.stamps[numbers] = torch.where(usable, torch.tensor(now), torch.tensor(_NEVER))
+
+    def make_room_for(self, seen: Seen) -> None:
+        """Keeps rows of H in bfloat16 from now on, if some have a finite value that half precision does not hold.
+
+        Args:
+            seen (Seen): What is to be put. Where several stores are to be equal, all of it goes through here before any
+                is put, lest one store rounds twice what another rounds once.
+        """
+        if seen.inputs is not None:
+            self._in_kept_form(seen)
+
+    def _in_kept_form(self, seen: Seen) -> torch.Tensor:
+        assert seen.inputs is not None
+        inputs = self._shortened(seen.inputs.detach())
+        if self.inputs is None:
+            self.inputs = torch.zeros(self.size, inputs.shape[1], dtype=_HALF, device=self.device)
+        rows = inputs.to(self.device, self.inputs.dtype)
+        if self.inputs.dtype != _HALF or bool(rows.isfinite().all()):
+            return rows
+        if bool((inputs.isfinite() & inputs.to(_HALF).isinf()).any()):
+            self.inputs = self.inputs.to(_WIDE)
+        return inputs.to(self.device, self.inputs.dtype)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether rows of H are kept in bfloat16."""
+        return self.inputs is not None and self.inputs.dtype == _WIDE
 
     def _shortened(self, inputs: torch.Tensor) -> torch.Tensor:
         """Projects rows of H at random, so that their products stay what they are on average."""

@@ -153,6 +153,15 @@ class StoreOfRun:
             self.selection_pass.warn(text.removeprefix(f"{self.selection_pass.owner} ") + ".")
         log.info("%s.", text)
 
+    def warn_if_wide(self) -> None:
+        """Warns, once, that rows of H are kept with fewer digits, since some of their values are very large."""
+        if self.store is not None and self.store.is_wide:
+            self.selection_pass.warn(
+                "the output layer's inputs have values above 65,504, which half precision does not hold: the store "
+                "keeps them in bfloat16, to three digits instead of four. A normalisation in front of the layer keeps "
+                "them small."
+            )
+
     def compute_no_more(self, state: State) -> None:
         """Begins to keep P, since it is not what follows from the layer's output alone any more."""
         self.selection_pass.warn(

@@ -31,8 +31,8 @@ __all__ = ["StoredLooks"]
 class StoredLooks(Source):
     """Looks at samples that were never seen, or not for long, and takes the others from a store.
 
-    Kept are each sample's loss and its row of H, in half precision, from its last look: a pass, or its own training
-    step. P and the losses are computed anew by the current output layer on H, where that layer's output is what the
+    Kept are each sample's loss and its row of H, in half precision (in bfloat16 if a value is too large for that), from
+    its last look: a pass, or its own training step. P and the losses are computed anew by the current output layer on H, where that layer's output is what the
     loss takes; otherwise those of the look are kept. Processes share what they see, so that all stores are equal.
 
     Args:
@@ -273,6 +273,10 @@ class StoredLooks(Source):
             mine = [each.cpu() for each in looks], [each.cpu() for each in trained], judged, as_it_is
             everything = dist.all_gather_object(mine)
         store = self.kept.of(state)
+        if len(everything) > 1:
+            for looked, seen_in_step, *_ in everything:
+                for seen in (*looked, *seen_in_step):
+                    store.make_room_for(seen)
         for kind in (0, 1):  # What was trained on was seen last.
             for of_rank in everything:
                 for seen in of_rank[kind]:
@@ -281,6 +285,7 @@ class StoredLooks(Source):
             for numbers, averages in margins:
                 store.margins[numbers] = averages
         self._seen, self._judged = [], []
+        self.kept.warn_if_wide()
         if self.kept.computes and not all(each for *_, each in everything):
             self.kept.compute_no_more(state)
 

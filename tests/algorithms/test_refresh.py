@@ -164,6 +164,23 @@ def test_inputs_that_another_algorithm_mixes_are_no_look_at_their_samples():
     assert (algorithm.selector.store.store.stamps <= 2).all()
 
 
+def test_very_large_inputs_of_the_output_layer_are_kept_after_a_warning():
+    model, algorithm = MLP.model(), GradMatch(**ON, keep=0.3, refresh="9ep")
+    with torch.no_grad():
+        model.module.insert(2, nn.Linear(16, 16))
+        model.module[2].weight.mul_(1e6)
+        model.module[3].weight.mul_(1e-6)
+    with pytest.warns(UserWarning, match=r"above 65,504.*bfloat16") as warned:
+        _, metrics = fitted(algorithm, model=model, lr=0.0)
+    assert sum("65,504" in str(each.message) for each in warned) == 1
+    assert metrics["fraction_looked_at"] == [1.0] * 3 + [0.0] * 6
+    assert algorithm.batches_trained_whole == 0
+    store = algorithm.selector.store.store
+    expected = model.module[:3](MLP.data(N).tensors[0]).detach()
+    assert expected.abs().max() > 65_504
+    torch.testing.assert_close(store.inputs.float(), expected, rtol=2**-8, atol=0)
+
+
 class OwnLoss(ComposerClassifier):
     """Its loss takes something else than its output layer's output."""
 

@@ -46,11 +46,33 @@ def test_of_a_sample_that_is_there_twice_the_last_counts():
     torch.testing.assert_close(store.inputs[2], now.inputs[1].half())
 
 
-def test_rows_that_half_precision_does_not_hold_are_looked_at_again():
+def test_rows_that_are_not_finite_are_looked_at_again():
     store, now = SampleStore(4), seen([0, 1, 2])
-    now.inputs[1, 0], now.losses[2] = 1e6, math.nan
+    now.inputs[1, 0], now.losses[2] = math.inf, math.nan
     store.put(now, 7)
+    assert not store.is_wide
     assert store.due(torch.arange(4), 7, 1).tolist() == [False, True, True, True]
+
+
+@pytest.mark.parametrize("width", [6, 3], ids=["whole", "projected"])
+def test_from_a_value_that_half_precision_does_not_hold_on_rows_are_kept_in_bfloat16(width):
+    store, first, now = SampleStore(4, limit=4 * 2 * width), seen([0, 1]), seen([2, 3], seed=1)
+    store.put(first, 6)
+    before = store.inputs[:2].clone()
+    memory = store.bytes
+    now.inputs[0] *= 1e6
+    now.inputs[1, 2] = math.nan
+    store.put(now, 7)
+    assert store.is_wide
+    assert store.bytes == memory
+    assert store.due(torch.arange(4), 7, 2).tolist() == [False, False, False, True]
+    torch.testing.assert_close(store.inputs[:2], before.bfloat16(), rtol=0, atol=0)
+    expected = now.inputs[0] if width == 6 else now.inputs[0] @ store._projection
+    torch.testing.assert_close(store.inputs[2].float(), expected, rtol=2**-8, atol=0)
+    again = SampleStore(4, limit=4 * 2 * width)
+    again.load_state_dict(store.state_dict())
+    assert again.is_wide
+    assert torch.equal(again.inputs[:3], store.inputs[:3])
 
 
 def test_a_checkpoint_gives_the_same_store():
