@@ -60,7 +60,13 @@ def enough_samples(num_picks: int, num_samples: int, state: State, fewest: int, 
     return num_picks
 
 
-def fill_up(selection: Picks, num_samples: int, wanted: int, growth: float | None = None) -> Picks:
+def fill_up(
+    selection: Picks,
+    num_samples: int,
+    wanted: int,
+    growth: float | None = None,
+    last: torch.Tensor | None = None,
+) -> Picks:
     """Adds samples that were not picked: to picks with weights, with weight zero; to others as picks of their own.
 
     The other weights grow, so that the weighted mean over all of them is what it was.
@@ -71,6 +77,7 @@ def fill_up(selection: Picks, num_samples: int, wanted: int, growth: float | Non
         wanted (int): The number of samples to come to, at least n.
         growth (float, optional): What to multiply the weights by, where the mean is over more than these samples (over
             those of all ranks); None for wanted/n. Default: ``None``.
+        last (torch.Tensor, optional): Samples to add only where there are no others, int64. Default: ``None``.
 
     Returns:
         Picks: With its weights and those of the samples that were added.
@@ -81,7 +88,11 @@ def fill_up(selection: Picks, num_samples: int, wanted: int, growth: float | Non
         return selection
     taken = torch.zeros(num_samples, dtype=torch.bool)
     taken[selection.indices.cpu()] = True
-    more = (~taken).nonzero().flatten()[: wanted - n].to(selection.indices.device)
+    late = torch.zeros_like(taken)
+    if last is not None:
+        late[last.cpu()] = True
+    order = torch.cat([(~taken & ~late).nonzero(), (~taken & late).nonzero()]).flatten()
+    more = order[: wanted - n].to(selection.indices.device)
     indices, weights = torch.cat([selection.indices, more]), selection.weights
     if weights is not None:
         weights = torch.cat([weights * growth, weights.new_zeros(wanted - n)])

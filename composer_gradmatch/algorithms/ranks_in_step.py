@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from composer.core import State
 from composer.utils import dist
 from torch.nn.parallel import DistributedDataParallel
@@ -107,8 +108,17 @@ class RanksInStep:
             return 1
         return max(self._ghost_batch_size, fewest_in_a_microbatch(unwrap(state.model)))
 
-    def with_enough_samples(self, state: State, picks: Picks | WholeBatch, num_samples: int) -> Picks | WholeBatch:
-        """Fills picks up where their step needs more samples; takes the minibatch whole where it has not as many."""
+    def with_enough_samples(
+        self, state: State, picks: Picks | WholeBatch, num_samples: int, last: torch.Tensor | None = None
+    ) -> Picks | WholeBatch:
+        """Fills picks up where their step needs more samples; takes the minibatch whole where it has not as many.
+
+        Args:
+            state (State): The run's state.
+            picks (Picks | WholeBatch): What was selected of the minibatch.
+            num_samples (int): M.
+            last (torch.Tensor, optional): Samples that are added only where there are no others. Default: ``None``.
+        """
         size = state.device_train_microbatch_size
         picked = len(picks.indices) if isinstance(picks, Picks) else num_samples
         fewest = self._fewest(state, picked)
@@ -134,9 +144,9 @@ class RanksInStep:
                 "it and others like it are trained whole."
             )
         if not in_step:
-            return fill_up(picks, num_samples, wanted)
+            return fill_up(picks, num_samples, wanted, last=last)
         # The Trainer's mean is over the samples of all ranks.
-        return fill_up(picks, num_samples, wanted, growth)
+        return fill_up(picks, num_samples, wanted, growth, last)
 
     def stay_in_step(self, state: State) -> bool:
         """Tells whether all ranks must make the same number of microbatches.

@@ -70,6 +70,8 @@ class Selector:
             self._training = TrainingStep(selection_pass, layer, getattr(self._function, "reads_losses", True))
         #: The samples of a step that is watched, whose number is known once it has been selected for.
         self._watched: int | None = None
+        #: The samples of the minibatch that were not even candidates; None for none.
+        self.left_out: torch.Tensor | None = None
         self._quality = StepQuality()
         #: Selections since K was last computed for the quality alone.
         self._unmeasured = 0
@@ -287,7 +289,11 @@ class Selector:
     def select(self, state: State, num_samples: int, num_picks: int) -> Picks | WholeBatch:
         """Picks ``num_picks`` of the ``num_samples`` samples of ``state.batch``."""
         candidates = self.source.look(state, num_samples)
-        left = candidates.num_samples
+        left, self.left_out = candidates.num_samples, None
+        if candidates.rows is not None:
+            is_left = torch.zeros(num_samples, dtype=torch.bool)
+            is_left[candidates.rows] = True
+            self.left_out = (~is_left).nonzero().flatten()
         if num_picks == num_samples:
             num_picks = left
         if left < num_picks or not left:

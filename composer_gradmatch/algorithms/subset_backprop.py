@@ -285,7 +285,7 @@ class SubsetBackprop(Algorithm):
         if num_picks == num_samples and not self.selector.leaves_out and not self._ranks.stay_in_step(state):
             return
         selected = self._select(state, num_samples, num_picks)
-        picks = self._ranks.with_enough_samples(state, selected, num_samples)
+        picks = self._ranks.with_enough_samples(state, selected, num_samples, self.selector.left_out)
         self._ranks.begin_step(num_samples if isinstance(picks, WholeBatch) else len(picks.indices))
         if isinstance(picks, WholeBatch):
             self._train_whole(picks, logger)

@@ -66,6 +66,13 @@ def test_picks_without_weights_are_filled_up_with_more_of_them(n, more):
     assert len(set(filled.indices.tolist())) == n + more
 
 
+@pytest.mark.parametrize("weights", [None, torch.ones(2)])
+def test_what_is_to_come_last_is_added_where_nothing_else_is_left(weights):
+    picks, last = Picks(torch.tensor([4, 2]), weights), torch.tensor([0, 1, 3])
+    assert fill_up(picks, 8, 5, last=last).indices.tolist() == [4, 2, 5, 6, 7]
+    assert fill_up(picks, 8, 7, last=last).indices.tolist() == [4, 2, 5, 6, 7, 0, 1]
+
+
 def test_weights_grow_by_what_the_mean_over_all_ranks_asks_for():
     filled = fill_up(Picks(torch.tensor([3]), torch.ones(1).double()), 5, 1, growth=1.5)
     assert filled.weights.tolist() == [1.5]

@@ -22,7 +22,9 @@ from composer_gradmatch import (
     GradMatch,
     ImportanceBackprop,
     LossBackprop,
+    Picks,
     RandomBackprop,
+    Rule,
     RuleBackprop,
     number_samples,
     select_first,
@@ -335,6 +337,27 @@ def test_suspects_are_left_out_of_the_mean_gradient_too():
     step = (algorithm.last_selection.weights[:, None] * gradients[picks]).mean(0)
     residual = float((step - mean).square().sum() / mean.square().sum())
     assert float(algorithm.last_selection.metrics["matching_residual"]) == pytest.approx(residual, rel=1e-4)
+
+
+def first_of_the_trusted(candidates, m):
+    """Picks a single sample, as matching does that stops early."""
+    return Picks(torch.tensor([0]))
+
+
+def test_picks_are_filled_up_for_batch_normalisation_by_samples_that_are_not_suspected():
+    rule, suspects = Rule(first_of_the_trusted, needs="losses", weighs=False), {"after": "0ep", "margin": 0.1}
+    algorithm = RuleBackprop(rule, **ON, keep=0.1, refresh="1ep", suspects=suspects)
+    seen = []
+
+    def note(state):
+        store = algorithm.selector.store
+        seen.append((store.store.margins[store.numbers] > 0.1, algorithm.last_selection.indices))
+
+    model, data = BATCHNORM.model(), BATCHNORM.data(N)
+    trainer_of(algorithm, model=model, data=data, others=[On(Event.BATCH_START, note)], max_duration="1ep").fit()
+    for suspected, indices in seen:
+        assert indices.tolist() == (~suspected).nonzero().flatten()[:2].tolist()
+    assert any(bool(suspected[:2].any()) for suspected, _ in seen), "else it would show nothing"
 
 
 def test_keep_one_trains_on_all_but_the_suspects():
