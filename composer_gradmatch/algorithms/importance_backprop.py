@@ -30,7 +30,8 @@ class ImportanceBackprop(RuleBackprop):
     same cost. A step that does not look trains such a subset, c·M samples (c: what a step that looks costs, by the
     model of a forward pass as a third), without a selection pass; what its own passes show of these decides on the
     next step. All ranks decide alike. Where a compiled model hides its output layer from hooks, steps that do not look
-    show nothing, and each twentieth of them looks. The host waits for a GPU in each step.
+    show nothing, and each twentieth of them looks. With two passes and keep from 2/3 on, c is 1 or more: no look pays,
+    and all minibatches but the first are trained whole, of which it warns. The host waits for a GPU in each step.
 
     Args:
         score (str, optional): What samples are drawn in proportion to: ``"gradient_norm"``, √Kᵢᵢ of the last layer;

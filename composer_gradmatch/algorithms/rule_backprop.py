@@ -41,7 +41,9 @@ class RuleBackprop(SubsetBackprop):
             alone is taken to need gradients and to give weights); or the name of one: see :func:`.rule_named`.
         start (float, optional): Start of selection as a fraction of training. Default: ``0.5``.
         end (float, optional): End of selection as a fraction of training. Default: ``0.9``.
-        keep (float, optional): Fraction of the minibatch to keep, m = max(1, int(keep·M)). Default: ``0.5``.
+        keep (float, optional): Fraction of the minibatch to keep, m = max(1, int(keep·M)). With 1 nothing is selected,
+            unless the rule says itself how many to leave out (``Rule(varies=True)``: ``infobatch``, ``kakurenbo``) or
+            there are suspects. Default: ``0.5``.
         scale_factor (float, optional): Scale for downsampling the inputs of the selection pass, in (0, 1].
             Default: ``1.0``.
         interrupt (int, optional): Every ``interrupt``-th batch is trained whole; 0 selects from all.

@@ -115,6 +115,14 @@ class Selector:
         """Whether there may be samples that are not even candidates, so that all the others are a selection, too."""
         return self.store is not None and self.store.suspects is not None
 
+    def selects(self, keep: float) -> bool:
+        """Tells whether there is anything to select.
+
+        Args:
+            keep (float): The most to train on.
+        """
+        return keep < 1 or self.leaves_out or self.rule.varies
+
     @property
     def watches(self) -> bool:
         """Whether the step's microbatches are to be shown by :meth:`see_forward` and :meth:`see_loss`."""
@@ -180,7 +188,10 @@ class Selector:
             sums = state.device.tensor_to_device(torch.tensor(findings, dtype=torch.float64))
             dist.all_reduce(sums, reduce_operation="SUM")
             findings = tuple(sums.tolist())
-        self._function.decide(findings, self._cost_of_a_look(keep))
+        cost = self._cost_of_a_look(keep)
+        if cost >= 1 and self.planned_passes < 2:  # One pass was planned, but two were made.
+            self.selection_pass.warn(self._remark_on_cost(keep))
+        self._function.decide(findings, cost)
 
     def cost(self, share: float) -> float:
         """Tells what the step that was selected for costs: see :func:`.step_cost`."""
@@ -243,15 +254,28 @@ class Selector:
         model = unwrap(state.model)
         if self.needs_losses and self.selection_pass.loss_fn is None:
             check_losses(model)
-        if self.planned_passes == 2 and 2 / 3 <= keep < 1:
-            warnings.warn(
-                f"{self.selection_pass.owner} with keep={keep} costs more than training on everything: a selection "
-                f"pass of M/3 and a step on m samples against M is {1 / 3 + keep:.2f}. "
-                "Only below keep=2/3 does it save time.",
-                stacklevel=2,
-            )
+        if self.planned_passes == 2 and keep >= 2 / 3 and (keep < 1 or self.rule.varies):
+            warnings.warn(f"{self.selection_pass.owner} {self._remark_on_cost(keep)}", stacklevel=2)
         if self.layer is not None:
             self.layer.check(model)
+
+    def _remark_on_cost(self, keep: float) -> str:
+        """Says what becomes of two passes and as many samples."""
+        if self.rule.varies:
+            return (
+                f"with keep={keep} trains as many samples as its rule says, after a selection pass of M/3: it saves time "
+                "in steps only in which less than 2/3 of the minibatch is left. With refresh most looks cost nothing."
+            )
+        said = (
+            f"with keep={keep} costs more than training on everything: a selection pass of M/3 and a step on m samples "
+            f"against M is {1 / 3 + keep:.2f}. Only below keep=2/3 does it save time."
+        )
+        if self._switched is None:
+            return said
+        return said + (
+            " So with switch='cost' no minibatch after the first is looked at, and all of them are trained whole. Lower "
+            "keep, or give refresh, reuse_activations=True or switch='always'."
+        )
 
     def check_first_batch(self, state: State) -> None:
         """Raises if a batch's labels cannot be trained on, as far as the model tells."""

@@ -164,7 +164,7 @@ class SubsetBackprop(Algorithm):
 
     @property
     def _selects(self) -> bool:
-        return self.keep < 1 or self.selector.leaves_out
+        return self.selector.selects(self.keep)
 
     @property
     def _numbers_samples(self) -> bool:
@@ -232,16 +232,18 @@ class SubsetBackprop(Algorithm):
                 "or wrap the module in composer.models.ComposerClassifier."
             )
         for other in state.algorithms:
-            if other is self or not isinstance(other, SubsetBackprop | SelectiveBackprop) or other.keep >= 1:
+            if other is self or not isinstance(other, SubsetBackprop | SelectiveBackprop):
                 continue
-            if self.keep < 1 and self.start < other.end and other.start < self.end:
+            if not self._selects or not _selects(other):
+                continue
+            if self.start < other.end and other.start < self.end:
                 raise ValueError(
                     f"{self._owner} (from {self.start} to {self.end} of training) and {type(other).__name__} "
                     f"(from {other.start} to {other.end}) would both select from the same minibatches. Keep one of "
                     "them, or give them intervals that do not overlap."
                 )
         self.selector.check_setup(state, self.keep)
-        if self.keep < 1 and self.selector.weighting is not None:
+        if self._selects and self.selector.weighting is not None:
             if not self.ordered_first:
                 check_order_of_losses(self, state, LabelSmoothing)
             check_unweighted_losses(self, state)
@@ -282,7 +284,8 @@ class SubsetBackprop(Algorithm):
         self.last_selection = None
         self.selector.begin_step(num_samples)
         # A single sample needs no selection, but a model may need all ranks in each forward pass.
-        if num_picks == num_samples and not self.selector.leaves_out and not self._ranks.stay_in_step(state):
+        may_be_fewer = self.selector.leaves_out or self.selector.rule.varies
+        if num_picks == num_samples and not may_be_fewer and not self._ranks.stay_in_step(state):
             return
         selected = self._select(state, num_samples, num_picks)
         picks = self._ranks.with_enough_samples(state, selected, num_samples, self.selector.left_out)
@@ -367,3 +370,9 @@ class SubsetBackprop(Algorithm):
             self._decides = False
             self.selector.end_step(state, self.keep)
         self._rows.clear()
+
+
+def _selects(algorithm: Algorithm) -> bool:
+    if isinstance(algorithm, SubsetBackprop):
+        return algorithm._selects
+    return isinstance(algorithm, SelectiveBackprop) and algorithm.keep < 1

@@ -21,7 +21,7 @@ class Kakurenbo:
     with a confidence below τ. Of a cross-entropy, and τ ≥ ½, that is the same: a loss of at most −log(τ) says that the
     label has a probability of at least τ, and is predicted. Of any other loss take ``confidence=None``, which moves
     none back. The number of picks follows from the losses; ``keep`` is its upper bound: where more are left than m, m
-    of them are drawn at random.
+    of them are drawn at random; ``keep=1`` is no bound.
 
     What differs: the paper hides samples of the whole data set for an epoch, by their losses in the last one (here:
     ``refresh``), and looks at the hidden ones at the end of each. It lowers F in the course of training; here it is

@@ -120,6 +120,21 @@ def test_it_decides_by_what_its_own_training_step_shows(case, score, sam, monkey
     assert found == [pytest.approx(excess_variance(gram.diagonal(), q, gradient_noise(gram)[1]), rel=1e-3)]
 
 
+def test_where_no_look_can_pay_it_says_that_all_will_be_trained_whole():
+    algorithm, sizes = ImportanceBackprop(**ON, keep=0.7), []
+    note = On(Event.BATCH_START, lambda state: sizes.append(len(state.batch[0])))
+    with pytest.warns(UserWarning, match=r"keep=0.7 .*1\.03.*trained whole.*refresh"):
+        fit([algorithm, note], max_duration="1ep")
+    assert sizes == [14, 20, 20]
+
+
+def test_so_it_does_where_two_passes_are_made_instead_of_one(monkeypatch):
+    algorithm = ImportanceBackprop(**ON, keep=0.7, reuse_activations=True)
+    monkeypatch.setattr(type(algorithm.selector.source.source), "passes", 2)
+    with pytest.warns(UserWarning, match="trained whole"):
+        fit([algorithm], max_duration="2ba")
+
+
 def test_a_layer_that_hooks_do_not_see_shows_nothing_and_is_looked_at_again(monkeypatch):
     never_on(monkeypatch)
     model = MLP.model()

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import MLP, ON, make_trainer
+from cases import MLP, ON, On, fit, make_trainer
+from composer import Event
+from composer.loggers import InMemoryLogger
 from composer.utils import dist
 from oracles import weighted_gradient
 from torch.utils.data import DataLoader
 
-from composer_gradmatch import Candidates, RuleBackprop, number_samples
+from composer_gradmatch import Candidates, RandomBackprop, RuleBackprop, number_samples, select_first
 from composer_gradmatch.rules.infobatch import InfoBatch
 from composer_gradmatch.rules.kakurenbo import Kakurenbo
 
@@ -91,6 +94,49 @@ def test_a_step_is_along_infobatchs_weighted_mean():
     expected = weighted_gradient(MLP.model().module, inputs[picks.indices], targets[picks.indices], weights)
     for old, new, gradient in zip(before, model.parameters(), expected, strict=True):
         torch.testing.assert_close(new.detach() - old, (-0.1 * gradient).float(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("refresh", [None, "1ep"])
+@pytest.mark.parametrize(("rule", "left"), [("infobatch", 0.8), ("kakurenbo", 0.95)])
+def test_keep_one_is_no_bound(rule, left, refresh):
+    """The rule decides alone, as without a Trainer; nothing is trained whole."""
+    data = MLP.data(60)
+    train = number_samples(data)
+    loader = DataLoader(train, 20, sampler=dist.get_sampler(train), collate_fn=train.collate_fn)
+    options = {"hide": 0.4, "confidence": None} if rule == "kakurenbo" else {}
+    algorithm = RuleBackprop(rule, **ON, keep=1.0, refresh=refresh, options=options)
+    sizes, shares = [], []
+    note = On(
+        Event.BATCH_START,
+        lambda state: (
+            sizes.append(len(state.batch[0])),
+            shares.append(algorithm.last_selection.metrics["fraction_left"]),
+        ),
+    )
+    logger = InMemoryLogger()
+    with nullcontext() if refresh else pytest.warns(UserWarning, match=r"less than 2/3 .* is left"):
+        trainer = make_trainer(
+            MLP.model(), loader, [algorithm, note], algorithm_passes=[select_first], loggers=[logger],
+            max_duration="1ep",
+        )  # fmt: skip
+    trainer.fit()
+    assert sizes == [round(20 * share) for share in shares]
+    assert len(sizes) == 3
+    assert all(0.3 < share < left for share in shares)
+    assert [value for _, value in logger.data[f"{rule}/fraction_kept"]] == pytest.approx(shares)
+    assert algorithm.batches_trained_whole == 0
+
+
+def test_keep_one_of_a_rule_with_a_fixed_number_of_picks_selects_nothing():
+    algorithm = RuleBackprop("top_loss", **ON, keep=1.0)
+    fit([algorithm])
+    assert algorithm.last_selection is None
+
+
+def test_one_that_decides_alone_is_not_to_select_beside_another():
+    others = [RuleBackprop("infobatch", **ON, keep=1.0), RandomBackprop(**ON, keep=0.5)]
+    with pytest.raises(ValueError, match="would both select"):
+        fit(others)
 
 
 def classified():
