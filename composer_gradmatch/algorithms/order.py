@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+from composer.algorithms import SelectiveBackprop
 from composer.core import Algorithm, Event, State
 
 __all__ = ["check_order", "check_order_of_losses", "check_unweighted_losses"]
@@ -34,7 +35,10 @@ def check_order(selecting: Algorithm, state: State) -> None:
     earlier = [
         type(other).__name__
         for other in _earlier_after_events(selecting, state)
-        if other.match(Event.AFTER_DATALOADER, state)
+        # Another that selects does so at other times, and leaves the batch as it is at this one's.
+        if not getattr(other, "selects_samples", False)
+        and not isinstance(other, SelectiveBackprop)
+        and other.match(Event.AFTER_DATALOADER, state)
     ]
     if earlier:
         warnings.warn(

@@ -11,7 +11,7 @@ from torch import nn
 from composer_gradmatch.algorithms.schedule import Clock
 from composer_gradmatch.algorithms.selector import Selector
 from composer_gradmatch.algorithms.subset_backprop import SubsetBackprop
-from composer_gradmatch.batches.sample_numbers import Numbering
+from composer_gradmatch.batches.numbering import Numbering
 from composer_gradmatch.candidates.one_pass import OnePass
 from composer_gradmatch.candidates.refresh import check_refresh
 from composer_gradmatch.candidates.source import Source

@@ -7,7 +7,7 @@ from typing import Literal
 from composer.algorithms.selective_backprop import should_selective_backprop
 from composer.core import State, TimeUnit
 
-__all__ = ["Clock", "check_clock", "elapsed_duration", "is_scheduled", "remark_on_epochs"]
+__all__ = ["Clock", "check_schedule", "elapsed_duration", "is_scheduled", "remark_on_epochs"]
 
 #: ``"duration"`` counts in the unit of ``max_duration``, as Composer's own algorithm does; ``"batch"`` counts batches.
 Clock = Literal["duration", "batch"]
@@ -16,15 +16,30 @@ Clock = Literal["duration", "batch"]
 _REMARKABLE = 0.05
 
 
-def check_clock(clock: str) -> None:
-    """Checks the name of a clock.
+def check_schedule(start: float, end: float, keep: float, interrupt: int, clock: str) -> None:
+    """Checks when, and how much, an algorithm is to select.
 
     Args:
+        start (float): Start of selection as a fraction of training.
+        end (float): End of selection as a fraction of training.
+        keep (float): The share of a minibatch to train on.
+        interrupt (int): Every ``interrupt``-th batch is trained whole; 0 for none.
         clock (str): ``"duration"`` or ``"batch"``.
 
     Raises:
-        ValueError: If it is another one.
+        ValueError: If a value is out of range.
     """
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep must be in (0, 1], the share of each minibatch to train on; got {keep}.")
+    if not 0 <= start < end <= 1:
+        raise ValueError(
+            f"start and end must be fractions of training with 0 <= start < end <= 1; got start={start}, end={end}."
+        )
+    if isinstance(interrupt, bool) or not isinstance(interrupt, int) or interrupt < 0:
+        raise ValueError(
+            f"interrupt must be an integer >= 0 (0: select from every batch; n: train every n-th batch whole); "
+            f"got {interrupt!r}."
+        )
     if clock not in ("duration", "batch"):
         raise ValueError(
             f"clock must be 'duration' (in the unit of max_duration) or 'batch' (counts batches), got {clock!r}."

@@ -37,9 +37,11 @@ def select_first(algorithms: Sequence[Algorithm], event: Event) -> Sequence[Algo
                 algorithm.ordered_first = True
     if event not in (Event.AFTER_DATALOADER, Event.BEFORE_FORWARD, Event.BEFORE_LOSS, Event.AFTER_LOSS):
         return algorithms
-    others_first = event == Event.BEFORE_LOSS
-    return sorted(algorithms, key=lambda algorithm: _selects(algorithm) == others_first)
+    return sorted(algorithms, key=_place, reverse=event == Event.BEFORE_LOSS)
 
 
-def _selects(algorithm: Algorithm) -> bool:
-    return isinstance(algorithm, SelectiveBackprop) or getattr(algorithm, "selects_samples", False)
+def _place(algorithm: Algorithm) -> int:
+    """Gives an algorithm's place: ours, which see the first batch whole, Composer's own that selects, and others."""
+    if getattr(algorithm, "selects_samples", False):
+        return 0
+    return 1 if isinstance(algorithm, SelectiveBackprop) else 2

@@ -263,8 +263,8 @@ class Selector:
         """Says what becomes of two passes and as many samples."""
         if self.rule.varies:
             return (
-                f"with keep={keep} trains as many samples as its rule says, after a selection pass of M/3: it saves time "
-                "in steps only in which less than 2/3 of the minibatch is left. With refresh most looks cost nothing."
+                f"with keep={keep} trains as many samples as its rule says, after a selection pass of M/3: it saves "
+                "time only where less than 2/3 of the minibatch is left. With refresh most looks cost nothing."
             )
         said = (
             f"with keep={keep} costs more than training on everything: a selection pass of M/3 and a step on m samples "
@@ -273,8 +273,8 @@ class Selector:
         if self._switched is None:
             return said
         return said + (
-            " So with switch='cost' no minibatch after the first is looked at, and all of them are trained whole. Lower "
-            "keep, or give refresh, reuse_activations=True or switch='always'."
+            " So with switch='cost' no minibatch after the first is looked at, and all of them are trained whole. "
+            "Lower keep, or give refresh, reuse_activations=True or switch='always'."
         )
 
     def check_first_batch(self, state: State) -> None:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import time
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from composer.algorithms import LabelSmoothing, SelectiveBackprop
+from composer.algorithms import LabelSmoothing
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 from composer.models import ComposerModel
 
+from composer_gradmatch.algorithms.apart import check_apart, selects
+from composer_gradmatch.algorithms.beginning import numbers_are_there, take_numbers_for_all
 from composer_gradmatch.algorithms.order import check_order, check_order_of_losses, check_unweighted_losses
 from composer_gradmatch.algorithms.other_algorithms import activate_training_weights
 from composer_gradmatch.algorithms.ranks_in_step import RanksInStep, on_all_ranks
 from composer_gradmatch.algorithms.row_weights import RowWeights
-from composer_gradmatch.algorithms.schedule import Clock, check_clock, is_scheduled, remark_on_epochs
+from composer_gradmatch.algorithms.schedule import Clock, check_schedule, is_scheduled, remark_on_epochs
 from composer_gradmatch.algorithms.selector import Selector
 from composer_gradmatch.algorithms.step_log import StepLog, metrics_of
 from composer_gradmatch.algorithms.warn_once import WarnOnce
 from composer_gradmatch.batches import take_samples
 from composer_gradmatch.batches.reader import BatchReader
+from composer_gradmatch.batches.sample_numbers import without_numbers
 from composer_gradmatch.forward.ranks import needs_all_ranks, unwrap
 from composer_gradmatch.forward.traceless import no_trace
 from composer_gradmatch.rules.cost import break_even
@@ -77,18 +81,7 @@ class SubsetBackprop(Algorithm):
         clock: Clock,
         log_name: str,
     ) -> None:
-        if not 0 < keep <= 1:
-            raise ValueError(f"keep must be in (0, 1], the share of each minibatch to train on; got {keep}.")
-        if not 0 <= start < end <= 1:
-            raise ValueError(
-                f"start and end must be fractions of training with 0 <= start < end <= 1; got start={start}, end={end}."
-            )
-        if isinstance(interrupt, bool) or not isinstance(interrupt, int) or interrupt < 0:
-            raise ValueError(
-                f"interrupt must be an integer >= 0 (0: select from every batch; n: train every n-th batch whole); "
-                f"got {interrupt!r}."
-            )
-        check_clock(clock)
+        check_schedule(start, end, keep, interrupt, clock)
         self.start, self.end, self.keep, self.interrupt = start, end, keep, interrupt
         self.input_key, self.target_key = input_key, target_key
         self.clock: Clock = clock
@@ -105,6 +98,8 @@ class SubsetBackprop(Algorithm):
         self._steps = StepLog(log_name, self._warn_once)
         #: Whether the batch is to be selected from, and whether what its step shows is to be decided on.
         self._scheduled = self._decides = False
+        #: Whether the data are numbered, and which batch was begun.
+        self._is_numbered, self._begun = False, -1
 
     @property
     def batches_not_matched(self) -> int:
@@ -147,9 +142,10 @@ class SubsetBackprop(Algorithm):
         if event is Event.INIT or event is Event.FIT_START:
             return True
         if event is Event.AFTER_DATALOADER:
-            return self._numbers_samples or (
-                self._selects and (not self.selector.rehearsed or self._is_scheduled(state))
-            )
+            takes_numbers = self._is_numbered or self.selector.store is not None
+            return takes_numbers or (self.selects and (not self.selector.rehearsed or self._is_scheduled(state)))
+        if event is Event.EVAL_BATCH_START:
+            return numbers_are_there(state)
         if event is Event.BEFORE_FORWARD:
             return self._rows.has_picks or self._ranks.watches_step or self.selector.watches
         if event is Event.BEFORE_LOSS and self.selector.watches:
@@ -163,13 +159,9 @@ class SubsetBackprop(Algorithm):
         return False
 
     @property
-    def _selects(self) -> bool:
+    def selects(self) -> bool:
+        """Whether there is anything to select at all."""
         return self.selector.selects(self.keep)
-
-    @property
-    def _numbers_samples(self) -> bool:
-        """Whether batches have numbers to be taken out, also of steps that are not selected for."""
-        return self.selector.store is not None
 
     def _is_scheduled(self, state: State) -> bool:
         return is_scheduled(state, self.clock, self.start, self.end, self.interrupt)
@@ -182,15 +174,16 @@ class SubsetBackprop(Algorithm):
             self.ordered_first = False
         elif event is Event.FIT_START:
             self._reset_fit(state)
+            self._is_numbered, self._begun = numbers_are_there(state), -1
             if self.selector.store is not None:
                 self.selector.store.begin_fit(state)
             self._check_schedule_and_order(state)
             self.ordered_first = False
+        elif event is Event.EVAL_BATCH_START:
+            state.batch = without_numbers(state.batch)
         elif event is Event.AFTER_DATALOADER:
-            if self.selector.store is not None:
-                state.batch, self.selector.store.numbers = self.selector.store.numbering.take(state.batch)
-            self._scheduled = self._selects and self._is_scheduled(state)
-            if not self._selects or (self.selector.rehearsed and not self._scheduled):
+            self._begin_batch(state, logger)
+            if not self.selects or (self.selector.rehearsed and not self._scheduled):
                 return
             self._decides = self.selector.decides and self._scheduled
             self.selector.source.begin_step()
@@ -231,27 +224,18 @@ class SubsetBackprop(Algorithm):
                 f"{self._owner} needs a ComposerModel, got {type(state.model).__name__}. Subclass it "
                 "or wrap the module in composer.models.ComposerClassifier."
             )
-        for other in state.algorithms:
-            if other is self or not isinstance(other, SubsetBackprop | SelectiveBackprop):
-                continue
-            if not self._selects or not _selects(other):
-                continue
-            if self.start < other.end and other.start < self.end:
-                raise ValueError(
-                    f"{self._owner} (from {self.start} to {self.end} of training) and {type(other).__name__} "
-                    f"(from {other.start} to {other.end}) would both select from the same minibatches. Keep one of "
-                    "them, or give them intervals that do not overlap."
-                )
+        check_apart(self, state)
         self.selector.check_setup(state, self.keep)
-        if self._selects and self.selector.weighting is not None:
+        if self.selects and self.selector.weighting is not None:
             if not self.ordered_first:
                 check_order_of_losses(self, state, LabelSmoothing)
             check_unweighted_losses(self, state)
 
     def _check_schedule_and_order(self, state: State) -> None:
         """Warns at FIT_START of what will come out otherwise than it says; raises if weights would be undone."""
-        if not self._selects:
+        if not self.selects:
             return
+        check_apart(self, state)
         if not self.ordered_first:
             check_order(self, state)
             if self.selector.weighting is not None:
@@ -259,13 +243,50 @@ class SubsetBackprop(Algorithm):
         if (remark := remark_on_epochs(state, self.clock, self.start, self.end)) is not None:
             self._warn_once(remark)
 
+    def _begin_batch(self, state: State, logger: Logger) -> None:
+        """Does what comes before any selection, for all selecting algorithms: whichever of them runs first does it."""
+        batch = int(state.timestamp.batch)
+        if self._begun == batch:
+            return
+        others = [each for each in state.algorithms if isinstance(each, SubsetBackprop) and each is not self]
+        stores = [each.selector.store for each in (self, *others)]
+        take_numbers_for_all(state, [store for store in stores if store is not None])
+        for each in (self, *others):
+            each._begun = batch
+            each._scheduled = each.selects and each._is_scheduled(state)
+        for each in others:
+            if each.selects and not each.selector.rehearsed:
+                each._rehearse(state, logger)  # On the whole minibatch, before any is picked from it.
+
+    def _rehearse(self, state: State, logger: Logger) -> None:
+        """Shows, on a first batch that others may select from, that selection works."""
+        state.batch = state.device.batch_to_device(state.batch)
+        self.selector.source.begin_step()
+        try:
+            self._rehearse_selection(state, logger)
+        finally:
+            self.selector.source.end_selection()
+
+    def _rehearse_selection(self, state: State, logger: Logger) -> None:
+        on_all_ranks(lambda: self._check_first_batch(state), self._owner)
+        num_samples = self._reader.count(state.batch)
+        self._ranks.see_first_batch(state, num_samples)
+        self._reader.learn(state.batch, num_samples)
+        num_picks = self._ranks.num_picks(state, num_samples, self.selector.share(self.keep))
+        if self.selector.looks:
+            activate_training_weights(state, logger)
+        with no_trace(unwrap(state.model)):
+            on_all_ranks(lambda: self.selector.rehearse(state, num_samples, num_picks), self._owner)
+        if self.selector.weighting is not None and not any(map(_is_scheduled, state.algorithms, repeat(state))):
+            self._rows.rehearse(state, num_samples)
+
     def _after_dataloader(self, state: State, logger: Logger) -> None:
         started = time.perf_counter()
         state.batch = state.device.batch_to_device(state.batch)
-        first = not self.selector.rehearsed
-        if first:
-            on_all_ranks(lambda: self._check_first_batch(state), self._owner)
-            self._ranks.see_first_batch(state, self._reader.count(state.batch))
+        if not self.selector.rehearsed:
+            self._rehearse_selection(state, logger)
+        if not self._scheduled:
+            return
         num_samples = self._reader.count(state.batch)
         if num_samples == 0:
             self._train_whole(self._of_nothing(state), logger)
@@ -274,13 +295,6 @@ class SubsetBackprop(Algorithm):
         num_picks = self._ranks.num_picks(state, num_samples, self.selector.share(self.keep))
         if self.selector.looks:
             activate_training_weights(state, logger)
-        if first:
-            with no_trace(unwrap(state.model)):
-                on_all_ranks(lambda: self.selector.rehearse(state, num_samples, num_picks), self._owner)
-        if not self._scheduled:
-            if first and self.selector.weighting is not None:
-                self._rows.rehearse(state, num_samples)
-            return
         self.last_selection = None
         self.selector.begin_step(num_samples)
         # A single sample needs no selection, but a model may need all ranks in each forward pass.
@@ -372,7 +386,8 @@ class SubsetBackprop(Algorithm):
         self._rows.clear()
 
 
-def _selects(algorithm: Algorithm) -> bool:
+def _is_scheduled(algorithm: Algorithm, state: State) -> bool:
+    """Tells whether an algorithm selects from the batch that has been begun."""
     if isinstance(algorithm, SubsetBackprop):
-        return algorithm._selects
-    return isinstance(algorithm, SelectiveBackprop) and algorithm.keep < 1
+        return algorithm._scheduled
+    return selects(algorithm) and algorithm.match(Event.AFTER_DATALOADER, state)

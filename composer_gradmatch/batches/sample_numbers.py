@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
-__all__ = ["NUMBER_KEY", "NumberedSamples", "Numbering", "number_samples", "without_numbers"]
+__all__ = ["NUMBER_KEY", "NumberedSamples", "beside_numbers", "has_numbers", "number_samples", "without_numbers"]
 
-#: Where a numbered batch that is a mapping has the numbers.
+#: What numbers stand under, in a batch that is a mapping, or in the last item of one that is a tuple or a list.
 NUMBER_KEY = "sample_number"
 
 
@@ -26,25 +26,47 @@ def _is_plain(item: Any) -> bool:
     return type(item) in (tuple, list)
 
 
+def has_numbers(batch: Any) -> bool:
+    """Tells whether a sample, or a batch, has numbers of :func:`number_samples`."""
+    if _is_plain(batch):
+        # Under a key, so that targets are not taken for numbers where something has dropped these.
+        return len(batch) > 0 and isinstance(batch[-1], Mapping) and set(batch[-1]) == {NUMBER_KEY}
+    return isinstance(batch, Numbered) or (isinstance(batch, Mapping) and NUMBER_KEY in batch)
+
+
 def _with_number(item: Any, number: Any) -> Any:
+    if has_numbers(item):
+        raise ValueError(
+            f"a sample already has a number, under the key {NUMBER_KEY!r}. Number the data set once, the outermost one "
+            "that the loader is given; or name numbers that it has by sample_id_key."
+        )
     if isinstance(item, Mapping):
-        if NUMBER_KEY in item:
-            raise ValueError(f"a sample already has a key {NUMBER_KEY!r}, which its number is to be put under.")
         numbered: Any = copy.copy(item) if isinstance(item, MutableMapping) else dict(item)
         numbered[NUMBER_KEY] = number
         return numbered
     if _is_plain(item):
-        return type(item)([*item, number])
+        return type(item)([*item, {NUMBER_KEY: number}])
     return Numbered(item, number)
 
 
-def _without_number(item: Any) -> tuple[Any, Any]:
+def take_numbers(item: Any) -> tuple[Any, Any]:
+    """Takes the numbers out of a sample, or a batch, that has some; it is not changed itself."""
     if isinstance(item, Mapping):
         bare: Any = copy.copy(item) if isinstance(item, MutableMapping) else dict(item)
         return bare, bare.pop(NUMBER_KEY)
     if isinstance(item, Numbered):
         return item.item, item.number
-    return type(item)(item[:-1]), item[-1]
+    return type(item)(item[:-1]), item[-1][NUMBER_KEY]
+
+
+def _parts_of(dataset: Any) -> Iterator[Any]:
+    """Goes through a data set and those that it is made of."""
+    yield dataset
+    own = getattr(dataset, "__dict__", {})
+    several = own.get("datasets")
+    for part in (own.get("dataset"), *(several if isinstance(several, list | tuple) else ())):
+        if part is not None:
+            yield from _parts_of(part)
 
 
 class NumberedSamples(Dataset):
@@ -63,6 +85,11 @@ class NumberedSamples(Dataset):
             raise TypeError(
                 f"number_samples needs a map-style data set, whose samples are found by their number; got "
                 f"{type(dataset).__name__}. If its samples have numbers of their own, name them by sample_id_key."
+            )
+        if any(isinstance(part, NumberedSamples) for part in _parts_of(dataset)):
+            raise ValueError(
+                f"the data set ({type(dataset).__name__}) has numbered samples in it already. Number the data set "
+                "once, the outermost one that the loader is given; a Subset of numbered samples keeps their numbers."
             )
         self.dataset = dataset
         self._collate = default_collate if collate_fn is None else collate_fn
@@ -88,7 +115,7 @@ class NumberedSamples(Dataset):
 
     def collate_fn(self, items: list[Any]) -> Any:
         """Collates numbered samples by the data loader's own function, which does not see the numbers."""
-        bare, numbers = zip(*map(_without_number, items), strict=True)
+        bare, numbers = zip(*map(take_numbers, items), strict=True)
         batch = self._collate(list(bare))
         # A batch of another kind than its samples is marked by its kind as theirs are.
         return _with_number(batch, torch.tensor(numbers))
@@ -97,14 +124,19 @@ class NumberedSamples(Dataset):
 def number_samples(dataset: Any, collate_fn: Callable[[list[Any]], Any] | None = None) -> NumberedSamples:
     """Wraps a map-style data set, so that strategies with ``refresh`` know each sample again.
 
-    The numbers are taken out of each batch before model, loss or other algorithms see it. Give the loader the wrapped
-    data set's ``collate_fn``, too::
+    The selecting algorithm takes the numbers out of each batch before model, loss or other algorithms see it, with or
+    without ``refresh``, and in evaluation, too. Give the loader the wrapped data set's ``collate_fn``::
 
         numbered = number_samples(dataset)  # number_samples(dataset, collate_fn=mine) for a collate function of yours
         DataLoader(numbered, batch_size=128, collate_fn=numbered.collate_fn, sampler=dist.get_sampler(numbered))
 
+    What sees batches before the algorithm, the functions of a ``DataSpec``, sees the numbers, too. Wrap its
+    ``batch_transforms`` by :func:`beside_numbers`, and let what counts samples or tokens count those of
+    :func:`without_numbers`. A Trainer without a selecting algorithm needs data that are not numbered, or
+    ``DataSpec(loader, batch_transforms=without_numbers)``.
+
     Args:
-        dataset (Dataset): Map-style: it has ``__getitem__`` and ``__len__``.
+        dataset (Dataset): Map-style: it has ``__getitem__`` and ``__len__``. One that is numbered stays as it is.
         collate_fn (Callable, optional): Makes a batch of a list of its samples; None for torch's.
             Default: ``None``.
 
@@ -113,98 +145,31 @@ def number_samples(dataset: Any, collate_fn: Callable[[list[Any]], Any] | None =
 
     Raises:
         TypeError: If it is an iterable data set, or no data set.
+        ValueError: If it is made of samples that are numbered already.
     """
+    if isinstance(dataset, NumberedSamples):
+        return dataset if collate_fn is None else NumberedSamples(dataset.dataset, collate_fn)
     return NumberedSamples(dataset, collate_fn)
 
 
 def without_numbers(batch: Any) -> Any:
-    """Takes the numbers of :func:`number_samples` out of a batch, which is not changed itself."""
-    return _without_number(batch)[0]
+    """Takes the numbers of :func:`number_samples` out of a batch, if it has some; it is not changed itself."""
+    return take_numbers(batch)[0] if has_numbers(batch) else batch
 
 
-class Numbering:
-    """Takes the numbers out of a run's batches.
+def beside_numbers(transform: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Lets a transform of batches see them without the numbers of :func:`number_samples`, and puts these back.
 
     Args:
-        key (Any, optional): Where a batch has numbers of its own: a key of a mapping, or an index; None for those of
-            :func:`number_samples`. Default: ``None``.
+        transform (Callable): Makes a batch of a batch, of as many samples in the same order::
+
+            DataSpec(loader, batch_transforms=beside_numbers(transform))
     """
 
-    def __init__(self, key: Any = None) -> None:
-        self.key = key
-        #: How many samples there are; None where that is not known.
-        self.size: int | None = None
-        self._dataset: Any = None
-        self.has_changed = False
+    def transformed(batch: Any) -> Any:
+        if not has_numbers(batch):
+            return transform(batch)
+        bare, numbers = take_numbers(batch)
+        return _with_number(transform(bare), numbers)
 
-    def find(self, dataloader: Any) -> None:
-        """Finds out how many samples a data loader has.
-
-        Args:
-            dataloader (Any): The run's.
-
-        Raises:
-            ValueError: If its samples have no numbers.
-        """
-        dataset = getattr(dataloader, "dataset", None)
-        numbered = dataset
-        while self.key is None and numbered is not None and not isinstance(numbered, NumberedSamples):
-            numbered = getattr(numbered, "dataset", None)
-        if self.key is None and numbered is None:
-            raise ValueError(
-                "refresh keeps what was seen of each sample, so it must know them again, but the training data have no "
-                "numbers. Wrap them: numbered = composer_gradmatch.number_samples(dataset), and give the DataLoader "
-                "numbered and collate_fn=numbered.collate_fn; or name numbers that batches already have by "
-                "sample_id_key."
-            )
-        found: Any = numbered if self.key is None else dataset
-        try:
-            size = len(found)
-        except TypeError:
-            size = None
-        self.has_changed = self._dataset is not None and (found is not self._dataset or size != self.size)
-        self._dataset, self.size = found, size
-
-    def take(self, batch: Any) -> tuple[Any, torch.Tensor]:
-        """Takes the numbers out of a batch, which is not changed itself.
-
-        Args:
-            batch (Any): A batch as the loader gives it.
-
-        Returns:
-            tuple[Any, torch.Tensor]: The batch without them, and the numbers, int64, shape (M,), on the CPU.
-
-        Raises:
-            ValueError: If there are none, or one is outside the data set.
-        """
-        try:
-            batch, numbers = _without_number(batch) if self.key is None else _without(batch, self.key)
-        except (LookupError, TypeError, AttributeError) as error:
-            where = repr(NUMBER_KEY if self.key is None else self.key)
-            raise ValueError(
-                f"A batch ({type(batch).__name__}) has no sample numbers at {where}. Check sample_id_key, or, of "
-                "data that number_samples has wrapped, that the loader's collate_fn is the wrapped data set's."
-            ) from error
-        numbers = torch.as_tensor(numbers).detach().cpu()
-        if numbers.is_floating_point() or numbers.dtype == torch.bool or numbers.dim() != 1:
-            raise ValueError(
-                f"Sample numbers must be integers, one for each sample; got {numbers.dtype} of shape "
-                f"{tuple(numbers.shape)}. Check sample_id_key={self.key!r}, and that the loader's collate_fn is the "
-                "wrapped data set's."
-            )
-        numbers = numbers.long()
-        if len(numbers) and (int(numbers.min()) < 0 or (self.size is not None and int(numbers.max()) >= self.size)):
-            raise ValueError(
-                f"A batch has sample numbers from {int(numbers.min())} to {int(numbers.max())}, but the data set has "
-                f"{self.size} samples, 0 to {'?' if self.size is None else self.size - 1}. Check sample_id_key."
-            )
-        return batch, numbers
-
-
-def _without(batch: Any, key: Any) -> tuple[Any, Any]:
-    if isinstance(batch, Mapping):
-        bare: Any = copy.copy(batch) if isinstance(batch, MutableMapping) else dict(batch)
-        return bare, bare.pop(key)
-    items = list(batch)
-    numbers = items.pop(key)
-    return (type(batch)(items) if _is_plain(batch) else items), numbers
+    return transformed

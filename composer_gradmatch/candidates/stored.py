@@ -9,7 +9,7 @@ import torch
 from composer.core import State, Time
 from composer.utils import dist
 
-from composer_gradmatch.batches.sample_numbers import Numbering
+from composer_gradmatch.batches.numbering import Numbering
 from composer_gradmatch.candidates.output_layer_again import OutputLayerAgain
 from composer_gradmatch.candidates.refresh import check_refresh
 from composer_gradmatch.candidates.sample_store import SampleStore, Seen
@@ -32,8 +32,9 @@ class StoredLooks(Source):
     """Looks at samples that were never seen, or not for long, and takes the others from a store.
 
     Kept are each sample's loss and its row of H, in half precision (in bfloat16 if a value is too large for that), from
-    its last look: a pass, or its own training step. P and the losses are computed anew by the current output layer on H, where that layer's output is what the
-    loss takes; otherwise those of the look are kept. Processes share what they see, so that all stores are equal.
+    its last look: a pass, or its own training step. P and the losses are computed anew by the current output layer on
+    H, where that layer's output is what the loss takes; otherwise those of the look are kept. Processes share what they
+    see, so that all stores are equal.
 
     Args:
         two_passes (TwoPasses): Looks.

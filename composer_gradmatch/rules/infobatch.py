@@ -17,11 +17,12 @@ class InfoBatch:
     Of the L samples below the mean, k = round((1 − r)·L) are kept, but at least one, and each counts L/k times, so that
     the mean gradient is unbiased: Qin et al. (ICLR 2024, "InfoBatch: Lossless Training Speed Up by Unbiased Dynamic
     Data Pruning", §2.2, eq. 3; their weight is 1/(1 − r)). The number of picks n follows from the losses. ``keep`` is
-    its upper bound: where n > m, m of them are drawn at random, with weights that stay unbiased. ``keep=1`` is no bound,
-    as in the paper. What differs: the paper prunes the data set once an epoch by the losses of the last one, so
-    that there are fewer steps of the same size; here each minibatch is pruned by the mean of its own losses, so that
-    there are as many steps of fewer samples. Losses of earlier epochs are those of ``refresh``; the paper trains on
-    everything in the last eighth of the epochs (δ = 0.875), which is ``end=0.875``. It needs losses, and costs O(M).
+    its upper bound: where n > m, m of them are drawn at random, with weights that stay unbiased. As in the paper
+    there is none with ``keep=1``. What differs: the paper prunes the data set once an epoch by the losses of the last
+    one, so that there are fewer steps of the same size; here each minibatch is pruned by the mean of its own losses, so
+    that there are as many steps of fewer samples. Losses of earlier epochs are those of ``refresh``; the paper trains
+    on everything in the last eighth of the epochs (δ = 0.875), which is ``end=0.875``. It needs losses, and costs
+    O(M).
 
     Args:
         prune (float, optional): r, the share of the samples with low losses to leave out, in [0, 1). Default: ``0.5``.

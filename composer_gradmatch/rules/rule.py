@@ -48,7 +48,7 @@ class Rule:
         unbiased (bool, optional): Of a rule that looks at nothing, and so cannot measure its steps: whether the picks'
             weighted mean gradient is the minibatch's in expectation, so that the step length is 1 in expectation.
             Default: ``False``.
-        varies (bool, optional): Whether the number of picks follows from what it sees, so that ``keep`` is but the upper
+        varies (bool, optional): Whether the number of picks follows from what it sees, so that ``keep`` is but an upper
             bound of their share: with ``keep=1`` there is none, and it selects all the same. Default: ``False``.
         color (str, optional): Its colour in the studies' figures, as matplotlib names it; None for the next free one.
             Default: ``None``.

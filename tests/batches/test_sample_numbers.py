@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from composer_gradmatch import number_samples
-from composer_gradmatch.batches.sample_numbers import NUMBER_KEY, Numbering
+from composer_gradmatch.batches.numbering import Numbering
+from composer_gradmatch.batches.sample_numbers import NUMBER_KEY
 
 Pair = namedtuple("Pair", "x y")
 FORMS = {
@@ -79,7 +80,7 @@ def test_many_at_once():
             return [self[i] for i in indices]
 
     (batch,) = DataLoader(number_samples(AtOnce(FORMS["tuple"])), 3, sampler=[4, 2, 0])
-    assert batch[-1].tolist() == [4, 2, 0]
+    assert batch[-1][NUMBER_KEY].tolist() == [4, 2, 0]
 
 
 def test_numbers_that_batches_already_have():
