@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from composer_gradmatch.algorithms.rule_backprop import RuleBackprop
     from composer_gradmatch.algorithms.select_first import select_first
     from composer_gradmatch.algorithms.selection_log import SelectionLog
-    from composer_gradmatch.batches.sample_numbers import number_samples
+    from composer_gradmatch.batches.sample_numbers import beside_numbers, number_samples, without_numbers
     from composer_gradmatch.last_layer import last_layer_gram
     from composer_gradmatch.matching import gram_omp, normalize_weights
     from composer_gradmatch.registered import register
@@ -37,6 +37,7 @@ __all__ = [
     "RuleBackprop",
     "SelectionLog",
     "WholeBatch",
+    "beside_numbers",
     "gram_omp",
     "last_layer_gram",
     "normalize_weights",
@@ -44,6 +45,7 @@ __all__ = [
     "register",
     "select_first",
     "select_using_gradient_matching",
+    "without_numbers",
 ]
 
 #: Public name → the module that has it.
@@ -58,6 +60,7 @@ _MODULES = {
     "RuleBackprop": "algorithms.rule_backprop",
     "SelectionLog": "algorithms.selection_log",
     "WholeBatch": "rules.picks",
+    "beside_numbers": "batches.sample_numbers",
     "gram_omp": "matching",
     "last_layer_gram": "last_layer",
     "normalize_weights": "matching",
@@ -65,6 +68,7 @@ _MODULES = {
     "register": "registered",
     "select_first": "algorithms.select_first",
     "select_using_gradient_matching": "algorithms.functional",
+    "without_numbers": "batches.sample_numbers",
 }
 #: Folders that ``import composer_gradmatch`` alone gives access to.
 _FOLDERS = ("last_layer", "matching")

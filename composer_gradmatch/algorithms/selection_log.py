@@ -56,35 +56,36 @@ class SelectionLog(Callback):
         self.folder = folder
         self.counts: PickCounts | None = None
         self._restored: dict[str, Any] = {}
-        self._algorithm: SubsetBackprop | None = None
-        self._store: StoredLooks | None = None
-        #: The picks of the last step that was seen: those that are still there after a step were not of it.
-        self._last: Picks | None = None
+        #: Those that select, which do so by turns, and the stores that some of them have.
+        self._algorithms: list[SubsetBackprop] = []
+        self._stores: list[StoredLooks] = []
+        #: The picks of each after the last step that was seen: those that are still there after a step were not of it.
+        self._last: list[Picks | None] = []
         #: Numbers, losses and gradient norms of the step's candidates.
         self._looked: tuple[np.ndarray, np.ndarray, np.ndarray | None] | None = None
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Finds the selecting algorithm and the folder, and begins to count."""
         self._release()
-        found = [each for each in state.algorithms if isinstance(each, SubsetBackprop) and each.selector.store]
-        if not found:
+        self._algorithms = [each for each in state.algorithms if isinstance(each, SubsetBackprop)]
+        self._stores = [each.selector.store for each in self._algorithms if each.selector.store is not None]
+        if not self._stores:
             raise ValueError(
                 "selection_log has no sample numbers to count by: they come with a store of looks. Give the selecting "
                 "algorithm refresh, for instance refresh='5ep', or '1ep' for a look at each sample in each epoch; "
                 "or leave selection_log out."
             )
-        self._algorithm = found[0]
-        self._store, self._last = self._algorithm.selector.store, self._algorithm.last_selection
-        assert self._store is not None
-        size = self._store.numbering.size
+        self._last = [each.last_selection for each in self._algorithms]
+        size = self._stores[0].numbering.size
         assert size is not None  # Or the algorithm would have raised.
         if self._restored:
             self.counts = PickCounts.of_state(self._restored, with_epoch=dist.get_global_rank() == 0)
             self._restored = {}
-        if self.counts is None or self.counts.size != size or self._store.numbering.has_changed:
+        if self.counts is None or self.counts.size != size or self._stores[0].numbering.has_changed:
             self.counts = PickCounts(size)
         folder = self._path(state)
-        self._watch(self._store)
+        for store in self._stores:
+            self._watch(store)
         if dist.get_global_rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             for path in folder.glob("ep*.parquet"):
@@ -100,17 +101,17 @@ class SelectionLog(Callback):
     def batch_end(self, state: State, logger: Logger) -> None:
         """Counts the step."""
         assert self.counts is not None
-        assert self._algorithm is not None
-        assert self._store is not None
-        numbers, picks = self._store.numbers.numpy(), self._algorithm.last_selection
+        numbers, now = self._stores[0].numbers.numpy(), [each.last_selection for each in self._algorithms]
         # What was picked in an earlier step stays there through those that are not selected from.
-        if picks is None or picks is self._last:
+        new = [picks for picks, last in zip(now, self._last, strict=True) if picks is not last]
+        picks = next((each for each in new if each is not None), None)
+        if picks is None:
             self.counts.see_step(numbers, None, None)
         else:
             matched = picks.found is None or bool(picks.found)  # If not, the weights are all one.
             weights = None if picks.weights is None or not matched else _array(picks.weights)
             self.counts.see_step(numbers, picks.indices.cpu().numpy(), weights)
-        self._last = picks
+        self._last = now
         if self._looked is not None:
             self.counts.see_values(*self._looked)
             self._looked = None
@@ -159,8 +160,8 @@ class SelectionLog(Callback):
         vars(store)["look"] = noting
 
     def _release(self) -> None:
-        if self._store is not None:
-            vars(self._store).pop("look", None)
+        for store in self._stores:
+            vars(store).pop("look", None)
         self._looked = None
 
     def _path(self, state: State) -> Path:
@@ -181,10 +182,8 @@ class SelectionLog(Callback):
 
         if dist.get_global_rank() != 0:
             return
-        assert self._store is not None
         latest = counts.latest()
-        store = self._store.store
-        if store is not None:
+        for store in (each.store for each in self._stores if each.store is not None):
             # Samples that were looked at, but kept from the rule, as suspects are.
             kept = (store.stamps >= 0).numpy() & np.isnan(latest["loss"])
             latest["loss"][kept] = _array(store.losses)[kept]

@@ -35,10 +35,16 @@ class RunSummary(LoggerDestination):
         self.sums: dict[str, tuple[float, int]] = {}
         self.best: dict[str, float] = {}
         self.last: dict[str, float] = {}
-        self.trained_whole = 0
+        #: Batches trained whole, by the metric's name, which has its algorithm's in front.
+        self.whole: dict[str, int] = {}
         self.not_matched = 0
         #: The last one known.
         self.noise_scale: float | None = None
+
+    @property
+    def trained_whole(self) -> int:
+        """How many minibatches could not be selected from, by any algorithm."""
+        return sum(self.whole.values())
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Counts the samples that are left after selection."""
@@ -55,7 +61,7 @@ class RunSummary(LoggerDestination):
             elif kind == "gradient_noise_scale":
                 self.noise_scale = float(value)
             elif kind == "batches_trained_whole":
-                self.trained_whole = int(value)
+                self.whole[key] = int(value)
             elif kind == "batches_not_matched":
                 self.not_matched = int(value)
             elif key.startswith("metrics/") and not key.startswith("metrics/train/"):
