@@ -228,15 +228,19 @@ class StoredLooks(Source):
         """Looks at the first batch, finds out whether P can be computed from H, and makes the store: :class:`.Source`.
 
         Raises:
-            ValueError: If the output layer runs at positions, or margins of suspects cannot be told.
+            ValueError: If the output layer runs at positions, or margins of suspects cannot be told, or their labels
+                are not their outputs' places.
         """
         self._check_numbers(num_samples)
         candidates = self.two_passes.rehearse(state, num_samples)
         if self.layer is not None:
             self._refuse_positions(candidates)
         if self.suspects is not None:
-            margins_of(self._again.logits(state, candidates.inputs.float()), candidates.labels)
+            _ = candidates.labels  # Which may be no classes.
         self.kept.prepare(state)
+        if self.suspects is not None:
+            logits = self._again.logits(state, candidates.inputs.float())
+            self.suspects.check_labels(candidates.output_grads, logits, candidates.labels)
         self.kept.say(state)
         return candidates
 

@@ -18,7 +18,8 @@ class Suspects:
 
     At each visit the margin is the largest probability of another class less the label's, by the current output layer
     on the stored row of H. A sample whose average is above ``margin`` is left out of the candidates and of the
-    minibatch's mean gradient. It is judged anew at each visit.
+    minibatch's mean gradient. It is judged anew at each visit. Labels are the places of their classes' outputs, from 0
+    on; a sample whose label is none, as one that the loss ignores (-100), is never suspected.
 
     Attributes:
         margin (float): From where on, in (-1, 1). Default: ``0.4``.
@@ -92,6 +93,34 @@ class Suspects:
                 "suspects are told by the probability of another class than the label's, but the output layer has one "
                 "output. Give it one for each class, with a cross-entropy of both, or leave suspects out."
             )
+
+    def check_labels(self, output_grads: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """Raises if labels are not the places of their classes' outputs, as those counted from 1 are not.
+
+        The loss of a class pulls up that class's output, and a model that has learned predicts it.
+
+        Args:
+            output_grads (torch.Tensor): P of some samples, shape (M, C); zero for those that the loss ignores.
+            logits (torch.Tensor): Shape (M, C).
+            labels (torch.Tensor): Shape (M,).
+
+        Raises:
+            ValueError: If that is so of less than half of them.
+        """
+        labels = labels.to(logits.device)
+        counted = output_grads.abs().sum(1) > 0
+        pulled = output_grads.argmin(1)
+        wrong = (counted & (pulled != labels) & (logits.argmax(1) != labels)).nonzero().flatten()
+        if 2 * len(wrong) <= int(counted.sum()):
+            return
+        row = int(wrong[0])
+        raise ValueError(
+            f"suspects are told by the probability of the label's class, but for {len(wrong)} of {int(counted.sum())} "
+            f"samples the loss is that of another output than the label's: of label {int(labels[row])}, that of "
+            f"output {int(pulled[row])} (labels from {int(labels.min())} to {int(labels.max())}, {logits.shape[1]} "
+            "outputs from 0 on). Pass as target_key a pair of a getter and a setter whose getter makes the outputs' "
+            "places of the targets (labels - 1, say), or leave suspects out."
+        )
 
 
 def margins_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

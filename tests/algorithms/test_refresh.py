@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BATCHNORM, CONV, MLP, ON, On, make_trainer
+from cases import BATCHNORM, CONV, MLP, ON, On, _mlp, make_trainer
 from composer import Event
 from composer.algorithms import SAM, MixUp
 from composer.loggers import InMemoryLogger
@@ -17,6 +17,7 @@ from oracles import classifier_gradients
 from text_cases import CLASSIFICATION, MULTI_LABEL, REGRESSION
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
 
 from composer_gradmatch import (
     GradMatch,
@@ -539,6 +540,61 @@ def test_suspects_ask_for_classes():
             data=REGRESSION.data(24),
             batch_size=12,
         )
+
+
+class CountedFromOne(ComposerClassifier):
+    """Takes labels from 1 on."""
+
+    def loss(self, outputs, batch, reduction="mean"):
+        return F.cross_entropy(outputs, batch[1] - 1, reduction=reduction)
+
+    def get_metrics(self, is_train):
+        return {}
+
+
+def counted_from_one():
+    torch.manual_seed(0)
+    return CountedFromOne(_mlp(), num_classes=5)
+
+
+def shifted(data):
+    inputs, targets = data.tensors
+    return TensorDataset(inputs, targets + 1)
+
+
+@pytest.mark.parametrize("make", [GradMatch, RandomBackprop])
+def test_labels_that_are_not_their_outputs_places_are_refused_for_suspects(make):
+    with pytest.raises(ValueError, match=r"of label \d, that of output \d .*labels from 1 to 5, 5 outputs.*target_key"):
+        fitted(make(**ON, refresh="2ep", suspects=True), model=counted_from_one(), data=shifted(noisy()))
+
+
+def test_a_getter_makes_them_that():
+    algorithms = []
+    for data, model, target_key in (
+        (noisy(), MLP.model(), 1),
+        (shifted(noisy()), counted_from_one(), (lambda batch: batch[1] - 1, lambda batch, value: batch)),
+    ):
+        suspects = {"after": "2ep", "margin": 0.3}
+        algorithm = RandomBackprop(**ON, keep=0.5, refresh="3ep", suspects=suspects, target_key=target_key)
+        fitted(algorithm, model=model, data=data, lr=0.3, batch_size=40, max_duration="4ep")
+        algorithms.append(algorithm)
+    one, other = (each.selector.store.suspected().tolist() for each in algorithms)
+    assert one == other
+    assert len(one) > 10
+
+
+def test_samples_that_the_loss_ignores_are_never_suspected():
+    data = noisy()
+    data.tensors[1][:10] = -100
+    algorithm = GradMatch(**ON, keep=0.3, refresh="3ep", suspects={"after": "3ep", "margin": 0.3})
+    torch.manual_seed(0)
+    accuracy = MulticlassAccuracy(5, ignore_index=-100, average="micro")
+    model = ComposerClassifier(_mlp(), num_classes=5, train_metrics=accuracy, val_metrics=accuracy)
+    fitted(algorithm, model=model, data=data, max_duration="8ep", lr=0.3, batch_size=40)
+    suspected = set(algorithm.selector.store.suspected().tolist())
+    assert not suspected & set(range(10))
+    assert len(suspected & set(range(10, 20))) >= 7
+    assert algorithm.selector.store.store.margins[:10].isnan().all()
 
 
 def test_suspects_ask_for_an_output_of_each_class():
