@@ -220,11 +220,16 @@ class Selector:
             if part is not None:
                 part.reset_fit()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Tells what a checkpoint keeps; of the rule, the state on each rank, since Composer saves that of rank 0."""
+    def state_dict(self, of_all_ranks: bool = True) -> dict[str, Any]:
+        """Tells what a checkpoint keeps; of the rule, the state on each rank, since Composer saves that of rank 0.
+
+        Args:
+            of_all_ranks (bool, optional): If not, this rank's stands for that of each, and none waits for another.
+                Default: ``True``.
+        """
         state: dict[str, Any] = {} if self.weighting is None else {"loss_scale": self.weighting.state_dict()}
         if hasattr(self._function, "state_dict") and (own := self._function.state_dict()):
-            state["rule"] = dist.all_gather_object(own)
+            state["rule"] = dist.all_gather_object(own) if of_all_ranks else [own] * dist.get_world_size()
         if self.store is not None:
             state["store"] = self.store.state_dict()
         return {**state, "step_quality": self._quality.state_dict()}

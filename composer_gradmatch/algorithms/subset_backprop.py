@@ -14,6 +14,7 @@ from composer.models import ComposerModel
 
 from composer_gradmatch.algorithms.apart import check_apart, selects
 from composer_gradmatch.algorithms.beginning import numbers_are_there, take_numbers_for_all
+from composer_gradmatch.algorithms.copies import CopiedByArguments
 from composer_gradmatch.algorithms.order import check_order, check_order_of_losses, check_unweighted_losses
 from composer_gradmatch.algorithms.other_algorithms import activate_training_weights
 from composer_gradmatch.algorithms.ranks_in_step import RanksInStep, on_all_ranks
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["SubsetBackprop"]
 
 
-class SubsetBackprop(Algorithm):
+class SubsetBackprop(CopiedByArguments):
     """Backpropagates a part of each minibatch, picked on ``Event.AFTER_DATALOADER``; the base of our algorithms.
 
     On the very first batch the selection is rehearsed, and its result thrown away, if the schedule starts
@@ -123,12 +124,20 @@ class SubsetBackprop(Algorithm):
 
     def state_dict(self) -> dict[str, Any]:
         """Tells what a checkpoint keeps of the algorithm."""
-        return {
-            **super().state_dict(),
-            "batches_trained_whole": self.batches_trained_whole,
-            **self._steps.state_dict(),
-            **self.selector.state_dict(),
-        }
+        return self._state_with(self.selector.state_dict())
+
+    def _state_with(self, selectors: dict[str, Any]) -> dict[str, Any]:
+        counted = {"batches_trained_whole": self.batches_trained_whole, **self._steps.state_dict()}
+        return {**super().state_dict(), **counted, **selectors}
+
+    def _state_to_copy(self) -> dict[str, Any]:
+        schedule = {name: getattr(self, name) for name in ("start", "end", "keep", "interrupt", "clock")}
+        return {"schedule": schedule, "state": self._state_with(self.selector.state_dict(of_all_ranks=False))}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes what a copy is to have beside the arguments: see :class:`.CopiedByArguments`."""
+        vars(self).update(state["schedule"])
+        self.load_state_dict(state["state"])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned."""

@@ -46,8 +46,8 @@ def stratified(candidates: Candidates, m: int) -> Picks:
     M_c samples: (1/n)·Σ wᵢgᵢ is then the sum over classes of M_c/M times the mean gradient of their picks, which is
     unbiased. Where a class's quota m·M_c/M is below one (all classes, if there are more than m), it gets a pick with
     that probability, of weight one: so the whole stays unbiased. See :func:`allocate`. Which integers stand for the
-    classes does not matter; samples that the loss ignores (a label of -100) are a class of their own. It needs no pass but the batch's
-    labels, and costs O(M log M).
+    classes does not matter; samples that the loss ignores (a label of -100) are a class of their own. It needs no
+    pass but the batch's labels, and costs O(M log M).
 
     Args:
         candidates (Candidates): With labels.
