@@ -15,6 +15,7 @@ from composer.models import ComposerModel
 from composer_gradmatch.algorithms.apart import check_apart, selects
 from composer_gradmatch.algorithms.beginning import numbers_are_there, take_numbers_for_all
 from composer_gradmatch.algorithms.copies import CopiedByArguments
+from composer_gradmatch.algorithms.namesakes import namesakes_of, of_each, own_state
 from composer_gradmatch.algorithms.order import check_order, check_order_of_losses, check_unweighted_losses
 from composer_gradmatch.algorithms.other_algorithms import activate_training_weights
 from composer_gradmatch.algorithms.ranks_in_step import RanksInStep, on_all_ranks
@@ -99,6 +100,8 @@ class SubsetBackprop(CopiedByArguments):
         self._steps = StepLog(log_name, self._warn_once)
         #: Whether the batch is to be selected from, and whether what its step shows is to be decided on.
         self._scheduled = self._decides = False
+        #: The Trainer's algorithms of this class, if there are several.
+        self._namesakes: list[SubsetBackprop] = []
         #: Whether the data are numbered, and which batch was begun.
         self._is_numbered, self._begun = False, -1
 
@@ -124,10 +127,16 @@ class SubsetBackprop(CopiedByArguments):
 
     def state_dict(self) -> dict[str, Any]:
         """Tells what a checkpoint keeps of the algorithm."""
+        if self._namesakes and self._namesakes[-1] is self:  # Whose state takes the place of the others'.
+            return of_each([each._state_with(each.selector.state_dict()) for each in self._namesakes])
         return self._state_with(self.selector.state_dict())
 
     def _state_with(self, selectors: dict[str, Any]) -> dict[str, Any]:
-        counted = {"batches_trained_whole": self.batches_trained_whole, **self._steps.state_dict()}
+        counted = {
+            "log_name": self.log_name,
+            "batches_trained_whole": self.batches_trained_whole,
+            **self._steps.state_dict(),
+        }
         return {**super().state_dict(), **counted, **selectors}
 
     def _state_to_copy(self) -> dict[str, Any]:
@@ -141,6 +150,7 @@ class SubsetBackprop(CopiedByArguments):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned."""
+        state = own_state(self, self._namesakes, state)
         self.batches_trained_whole = state.get("batches_trained_whole", 0)
         self._steps.load_state_dict(state)
         self.selector.load_state_dict(state)
@@ -179,6 +189,7 @@ class SubsetBackprop(CopiedByArguments):
         """Runs the part of the algorithm that belongs to an event: see :class:`.Algorithm`."""
         if event is Event.INIT:
             self._reset(state)
+            self._namesakes = namesakes_of(self, state.algorithms)
             self._check_setup(state)
             self.ordered_first = False
         elif event is Event.FIT_START:

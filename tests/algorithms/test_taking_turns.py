@@ -99,6 +99,46 @@ def test_ones_stored_looks_after_anothers():
     assert (second.selector.store.store.stamps >= 2).all()
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: [GradMatch(**EARLY, keep=0.3, refresh="2ep"), GradMatch(**LATE, keep=0.3, refresh="2ep")],
+        lambda: [
+            RuleBackprop("loss_backprop", **EARLY, keep=0.3, options={"history": 50}),
+            RuleBackprop("infobatch", **LATE, keep=1.0, refresh="2ep"),
+        ],
+    ],
+    ids=["same rule", "other rules"],
+)
+def test_two_of_one_class_resume_each_from_its_own_state(make, tmp_path):
+    """Of which a checkpoint has but one name."""
+
+    def run(algorithms, **kwargs):
+        trainer = trainer_of(algorithms, run_name="r", **kwargs)
+        trainer.fit()
+        trainer.close()
+        return trainer.state.model.state_dict()
+
+    whole = run(make())
+    run(make(), save_folder=str(tmp_path), save_interval="1ba")
+    for batch in (5, 8):  # In the first one's half, and in the second one's.
+        resumed = run(make(), load_path=str(next(tmp_path.glob(f"ep*-ba{batch}-*.pt"))))
+        for key in whole:
+            assert torch.equal(whole[key], resumed[key]), (batch, key)
+
+
+def test_a_checkpoint_of_one_is_taken_by_the_one_that_it_is_of(tmp_path):
+    """And one of two by either of them alone."""
+    early, late = partial(RuleBackprop, "top_loss", **EARLY), partial(RuleBackprop, "grand", **LATE)
+    options = {"keep": 0.3, "refresh": "9ep"}
+    trainer_of([early(**options)], run_name="r", save_folder=str(tmp_path / "one"), max_duration="1ep").fit()
+    path = str(next((tmp_path / "one").glob("ep1-*.pt")))
+    both = [late(**options), early(**options)]
+    trainer_of(both, load_path=path, save_folder=str(tmp_path / "two"))
+    assert [len(each.selector.store.state_dict()) for each in both] == [0, len(both[1].selector.store.state_dict())]
+    assert both[1].selector.store.state_dict()
+
+
 def test_the_log_is_of_all_that_select(tmp_path):
     algorithms = [RandomBackprop(**EARLY, keep=0.25), GradMatch(**LATE, keep=0.3, refresh="1ep")]
     trainer_of(algorithms, callbacks=[SelectionLog(str(tmp_path))]).fit()
