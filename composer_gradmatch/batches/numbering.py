@@ -92,24 +92,39 @@ class Numbering:
             raise ValueError(
                 f"A batch ({type(batch).__name__}) has no sample numbers at {self.key!r}. Check sample_id_key."
             ) from error
-        numbers = torch.as_tensor(numbers).detach().cpu()
-        if numbers.is_floating_point() or numbers.dtype == torch.bool or numbers.dim() != 1:
-            raise ValueError(
-                f"Sample numbers must be integers, one for each sample; got {numbers.dtype} of shape "
-                f"{tuple(numbers.shape)}. Check sample_id_key={self.key!r}, and that the loader's collate_fn is the "
-                "wrapped data set's."
-            )
-        numbers = numbers.long()
+        numbers = _as_integers(numbers, self.key)
         if len(numbers) and (int(numbers.min()) < 0 or (self.size is not None and int(numbers.max()) >= self.size)):
             raise ValueError(
                 f"A batch has sample numbers from {int(numbers.min())} to {int(numbers.max())}, but the data set has "
-                f"{self.size} samples, 0 to {'?' if self.size is None else self.size - 1}. Check sample_id_key."
+                f"{self.size} samples, 0 to {'?' if self.size is None else self.size - 1}. Check sample_id_key; of numbers "
+                "that are counted from another one, wrap the data set by number_samples instead."
             )
         return batch, numbers
 
     def remark_on_repetitions(self, numbers: torch.Tensor, epoch: int) -> str | None:
         """Tells whether numbers of the batches' own are those of several samples: see :class:`.RepeatedNumbers`."""
         return None if self._repeated is None else self._repeated.see(numbers, epoch, self.key)
+
+
+def _as_integers(numbers: Any, key: Any) -> torch.Tensor:
+    """Makes a tensor of a batch's numbers, int64, shape (M,).
+
+    Raises:
+        ValueError: If they are none.
+    """
+    try:
+        found = torch.as_tensor(numbers).detach().cpu()
+    except (ValueError, TypeError, RuntimeError):
+        found = None
+    if found is not None and not found.is_floating_point() and found.dtype != torch.bool:
+        if found.dim() == 1 or (found.dim() > 1 and found.numel() == len(found)):
+            return found.long().flatten()
+    what = f"a {type(numbers).__name__}" if found is None else f"{found.dtype} of shape {tuple(found.shape)}"
+    raise ValueError(
+        f"Sample numbers must be integers from 0 on, one for each sample; got {what}"
+        f"{' at ' + repr(NUMBER_KEY if key is None else key)}. Check sample_id_key, or leave it out and wrap the data set "
+        "by number_samples (of names, say); of such data, the loader's collate_fn must be the wrapped data set's."
+    )
 
 
 def _without(batch: Any, key: Any) -> tuple[Any, Any]:

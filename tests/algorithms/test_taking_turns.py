@@ -131,8 +131,8 @@ def test_a_checkpoint_of_one_is_taken_by_the_one_that_it_is_of(tmp_path):
     """And one of two by either of them alone."""
     early, late = partial(RuleBackprop, "top_loss", **EARLY), partial(RuleBackprop, "grand", **LATE)
     options = {"keep": 0.3, "refresh": "9ep"}
-    trainer_of([early(**options)], run_name="r", save_folder=str(tmp_path / "one"), max_duration="1ep").fit()
-    path = str(next((tmp_path / "one").glob("ep1-*.pt")))
+    trainer_of([early(**options)], run_name="r", save_folder=str(tmp_path / "one"), max_duration="2ep").fit()
+    path = str(next((tmp_path / "one").glob("ep2-*.pt")))
     both = [late(**options), early(**options)]
     trainer_of(both, load_path=path, save_folder=str(tmp_path / "two"))
     assert [len(each.selector.store.state_dict()) for each in both] == [0, len(both[1].selector.store.state_dict())]

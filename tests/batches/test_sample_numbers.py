@@ -85,7 +85,11 @@ def test_many_at_once():
 
 def test_numbers_that_batches_already_have():
     loader = DataLoader(TensorDataset(torch.randn(6, 2), torch.arange(6)), 3)
-    for key, batch in (("id", {"x": torch.randn(3), "id": torch.tensor([4, 0, 4])}), (1, [torch.randn(3), [4, 0, 4]])):
+    for key, batch in (
+        ("id", {"x": torch.randn(3), "id": torch.tensor([4, 0, 4])}),
+        (1, [torch.randn(3), [4, 0, 4]]),
+        (1, [torch.randn(3), torch.tensor([[4], [0], [4]])]),
+    ):
         numbering = Numbering(key)
         numbering.find(loader)
         bare, numbers = numbering.take(batch)
@@ -101,6 +105,8 @@ def test_numbers_that_batches_already_have():
         ({"id": torch.tensor([-1, 2])}, "from -1 to 2"),
         ({"id": torch.tensor([0.5, 2])}, "must be integers"),
         ({"id": torch.zeros(2, 2).long()}, "of shape"),
+        ({"id": ["n01440764", "n01440767"]}, "got a list at 'id'.*number_samples"),
+        ({"id": torch.tensor([1, 6])}, "counted from another"),
     ],
 )
 def test_numbers_that_are_none_are_refused(batch, match):
