@@ -96,8 +96,8 @@ class Numbering:
         if len(numbers) and (int(numbers.min()) < 0 or (self.size is not None and int(numbers.max()) >= self.size)):
             raise ValueError(
                 f"A batch has sample numbers from {int(numbers.min())} to {int(numbers.max())}, but the data set has "
-                f"{self.size} samples, 0 to {'?' if self.size is None else self.size - 1}. Check sample_id_key; of numbers "
-                "that are counted from another one, wrap the data set by number_samples instead."
+                f"{self.size} samples, 0 to {'?' if self.size is None else self.size - 1}. Check sample_id_key; of "
+                "numbers that are counted from another one, wrap the data set by number_samples instead."
             )
         return batch, numbers
 
@@ -116,14 +116,15 @@ def _as_integers(numbers: Any, key: Any) -> torch.Tensor:
         found = torch.as_tensor(numbers).detach().cpu()
     except (ValueError, TypeError, RuntimeError):
         found = None
-    if found is not None and not found.is_floating_point() and found.dtype != torch.bool:
-        if found.dim() == 1 or (found.dim() > 1 and found.numel() == len(found)):
-            return found.long().flatten()
+    integers = found is not None and not found.is_floating_point() and found.dtype != torch.bool
+    if found is not None and integers and found.dim() and found.numel() == len(found):
+        return found.long().flatten()
+    at = repr(NUMBER_KEY if key is None else key)
     what = f"a {type(numbers).__name__}" if found is None else f"{found.dtype} of shape {tuple(found.shape)}"
     raise ValueError(
-        f"Sample numbers must be integers from 0 on, one for each sample; got {what}"
-        f"{' at ' + repr(NUMBER_KEY if key is None else key)}. Check sample_id_key, or leave it out and wrap the data set "
-        "by number_samples (of names, say); of such data, the loader's collate_fn must be the wrapped data set's."
+        f"Sample numbers must be integers from 0 on, one for each sample; got {what} at {at}. Check sample_id_key, or "
+        "leave it out and wrap the data set by number_samples (of names, say); of such data, the loader's collate_fn "
+        "must be the wrapped data set's."
     )
 
 
