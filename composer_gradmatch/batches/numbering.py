@@ -63,8 +63,10 @@ class Numbering:
             size = len(found)
         except TypeError:
             size = None
-        self.has_changed = self._dataset is not None and (found is not self._dataset or size != self.size)
-        self._dataset, self.size = found, size
+        # Wrapped once more, they are the same samples.
+        samples = found.dataset if isinstance(found, NumberedSamples) else found
+        self.has_changed = self._dataset is not None and (samples is not self._dataset or size != self.size)
+        self._dataset, self.size = samples, size
         # Those of a wrapped data set are each sample's own.
         self._repeated = None if self.key is None or size is None else RepeatedNumbers(size, dataloader)
 

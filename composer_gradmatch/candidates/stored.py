@@ -19,6 +19,7 @@ from composer_gradmatch.candidates.suspects import Suspects, margins_of
 from composer_gradmatch.candidates.training_looks import TrainingLooks
 from composer_gradmatch.candidates.two_passes import TwoPasses
 from composer_gradmatch.forward.batch_norm import fewest_in_a_microbatch
+from composer_gradmatch.forward.composer_private import ghost_batch_size
 from composer_gradmatch.forward.ranks import largest_on_all_ranks, needs_all_ranks, unwrap
 from composer_gradmatch.forward.sample_checks import Rows
 from composer_gradmatch.last_layer.gradients import all_finite
@@ -159,8 +160,12 @@ class StoredLooks(Source):
         wanted, model = int(due.sum()), unwrap(state.model)
         if needs_all_ranks(model) and largest_on_all_ranks(int(wanted > 0), state.device):
             wanted = max(1, wanted)  # A forward pass is one of all ranks.
-        if wanted and fewest_in_a_microbatch(model) > 1:
-            wanted = min(len(numbers), max(wanted, self.rows_for_batch_norm))
+        if wanted and (fewest := fewest_in_a_microbatch(model)) > 1:
+            fewest = max(fewest, ghost_batch_size(model))
+            wanted = max(wanted, self.rows_for_batch_norm, fewest)
+            while wanted < len(numbers) and self.selection_pass.smallest_microbatch(state, wanted) < fewest:
+                wanted += 1
+            wanted = min(wanted, len(numbers))
         oldest = store.stamps[numbers].argsort(stable=True)
         # What is due is the oldest, but for stamps of the future.
         order = torch.cat([oldest[due[oldest]], oldest[~due[oldest]]])

@@ -165,6 +165,15 @@ class SelectionPass:
         wanted = num_samples if size is None or isinstance(size, str) else max(1, int(size))
         return min(wanted, num_samples, self._fitting_size or num_samples)
 
+    def smallest_microbatch(self, state: State, num_samples: int) -> int:
+        """Tells the size of the smallest microbatch of a pass over some of the batch's samples.
+
+        Args:
+            state (State): The run's state.
+            num_samples (int): How many.
+        """
+        return num_samples // -(-num_samples // self._size(state, num_samples))
+
     def in_microbatches(self, state: State, num_samples: int, visit: Callable[[Any, int], Result]) -> list[Result]:
         """Lists what ``visit`` makes of each microbatch of ``state.batch`` and its number of samples, in their order.
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from cases import BATCHNORM, CONV, MLP, ON, On, _mlp, make_trainer
 from composer import Event
-from composer.algorithms import SAM, MixUp
+from composer.algorithms import SAM, GhostBatchNorm, MixUp
 from composer.loggers import InMemoryLogger
 from composer.models import ComposerClassifier
 from composer.utils import dist
@@ -462,6 +462,16 @@ def test_few_rows_of_a_look_are_filled_up_for_batch_normalisation(device):
     _, metrics = fitted(algorithm, model=BATCHNORM.model(), data=BATCHNORM.data(80), batch_size=40, max_duration="6ep")
     assert set(metrics["fraction_looked_at"]) <= {0.0, *[n / 40 for n in range(32, 41)]}
     assert 0.8 in metrics["fraction_looked_at"]
+
+
+@pytest.mark.parametrize(("ghost", "microbatch", "keep"), [(40, None, 0.7), (16, 20, 0.6)])
+def test_few_rows_of_a_look_are_filled_up_for_ghost_batch_normalisation(ghost, microbatch, keep):
+    """The second one's would be 41 rows in microbatches of 13 and 14, say."""
+    algorithm = GradMatch(**ON, keep=keep, refresh="3ep")
+    model, data = BATCHNORM.model(), BATCHNORM.data(180)
+    arguments = {"batch_size": 60, "others": [GhostBatchNorm(ghost)], "device_train_microbatch_size": microbatch}
+    _, metrics = fitted(algorithm, model=model, data=data, max_duration="12ep", **arguments)
+    assert any(0 < each < 1 for each in metrics["fraction_looked_at"])
 
 
 @pytest.mark.parametrize(

@@ -135,5 +135,7 @@ def test_other_data_than_in_the_last_fit_are_noticed():
     for loader, changed in ((DataLoader(numbered), False), (DataLoader(numbered, 2), False)):
         numbering.find(loader)
         assert numbering.has_changed == changed
+    numbering.find(DataLoader(number_samples(numbered.dataset)))
+    assert not numbering.has_changed, "they are the same samples"
     numbering.find(DataLoader(number_samples(Samples(FORMS["tuple"]))))
     assert numbering.has_changed
