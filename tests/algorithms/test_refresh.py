@@ -464,12 +464,12 @@ def test_few_rows_of_a_look_are_filled_up_for_batch_normalisation(device):
     assert 0.8 in metrics["fraction_looked_at"]
 
 
-@pytest.mark.parametrize(("ghost", "microbatch", "keep"), [(40, None, 0.7), (16, 20, 0.6)])
+@pytest.mark.parametrize(("ghost", "microbatch", "keep"), [(60, None, 0.7), (16, 20, 0.6)])
 def test_few_rows_of_a_look_are_filled_up_for_ghost_batch_normalisation(ghost, microbatch, keep):
     """The second one's would be 41 rows in microbatches of 13 and 14, say."""
-    algorithm = GradMatch(**ON, keep=keep, refresh="3ep")
-    model, data = BATCHNORM.model(), BATCHNORM.data(180)
-    arguments = {"batch_size": 60, "others": [GhostBatchNorm(ghost)], "device_train_microbatch_size": microbatch}
+    algorithm = GradMatch(**ON, keep=keep, refresh="2ep")
+    model, data = BATCHNORM.model(), BATCHNORM.data(300)
+    arguments = {"batch_size": 100, "others": [GhostBatchNorm(ghost)], "device_train_microbatch_size": microbatch}
     _, metrics = fitted(algorithm, model=model, data=data, max_duration="12ep", **arguments)
     assert any(0 < each < 1 for each in metrics["fraction_looked_at"])
 
