@@ -21,7 +21,8 @@ class InfoBatch:
     there is none with ``keep=1``. What differs: the paper prunes the data set once an epoch by the losses of the last
     one, so that there are fewer steps of the same size; here each minibatch is pruned by the mean of its own losses, so
     that there are as many steps of fewer samples. Losses of earlier epochs are those of ``refresh``; the paper trains
-    on everything in the last eighth of the epochs (δ = 0.875), which is ``end=0.875``. It needs losses, and costs
+    on everything in the last eighth of the epochs (δ = 0.875), which is ``end=0.875``. On several
+    processes each prunes its part by the mean of that, and counts by its number of picks. It needs losses, and costs
     O(M).
 
     Args:
