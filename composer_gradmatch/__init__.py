@@ -5,6 +5,7 @@ need no Composer.
 """
 
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from composer_gradmatch.moved import redirect
@@ -73,6 +74,11 @@ redirect()
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        try:
+            return version("composer-gradmatch")
+        except PackageNotFoundError as error:
+            raise AttributeError(f"{__name__} is not installed, so that it has no version") from error
     if name in _FOLDERS:
         return import_module(f"{__name__}.{name}")
     if name not in _MODULES:
