@@ -147,8 +147,10 @@ class SubsetBackprop(Algorithm):
         if event is Event.INIT or event is Event.FIT_START:
             return True
         if event is Event.AFTER_DATALOADER:
-            return self._numbers_samples or (
-                self._selects and (not self.selector.rehearsed or self._is_scheduled(state))
+            return (
+                self._numbers_samples
+                or self._steps.shows_picks
+                or (self._selects and (not self.selector.rehearsed or self._is_scheduled(state)))
             )
         if event is Event.BEFORE_FORWARD:
             return self._rows.has_picks or self._ranks.watches_step or self.selector.watches
@@ -190,6 +192,8 @@ class SubsetBackprop(Algorithm):
             if self.selector.store is not None:
                 state.batch, self.selector.store.numbers = self.selector.store.numbering.take(state.batch)
             self._scheduled = self._selects and self._is_scheduled(state)
+            if not self._scheduled and self._steps.shows_picks:
+                self._steps.show_whole(logger)
             if not self._selects or (self.selector.rehearsed and not self._scheduled):
                 return
             self._decides = self.selector.decides and self._scheduled
@@ -283,6 +287,7 @@ class SubsetBackprop(Algorithm):
         self.selector.begin_step(num_samples)
         # A single sample needs no selection, but a model may need all ranks in each forward pass.
         if num_picks == num_samples and not self.selector.leaves_out and not self._ranks.stay_in_step(state):
+            self._steps.show_whole(logger)
             return
         selected = self._select(state, num_samples, num_picks)
         picks = self._ranks.with_enough_samples(state, selected, num_samples)
@@ -345,6 +350,7 @@ class SubsetBackprop(Algorithm):
 
     def _train_whole(self, whole: WholeBatch, logger: Logger) -> None:
         self.batches_trained_whole += 1
+        self._steps.show_whole(logger)
         logger.log_metrics({f"{self.log_name}/batches_trained_whole": self.batches_trained_whole})
         if whole.warning is not None:
             self._warn_once(whole.warning)
