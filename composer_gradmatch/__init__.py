@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from composer_gradmatch.algorithms.random_backprop import RandomBackprop
     from composer_gradmatch.algorithms.rule_backprop import RuleBackprop
     from composer_gradmatch.algorithms.select_first import select_first
+    from composer_gradmatch.algorithms.selection_images import SelectionImages
     from composer_gradmatch.algorithms.selection_log import SelectionLog
     from composer_gradmatch.batches.sample_numbers import number_samples
     from composer_gradmatch.last_layer import last_layer_gram
@@ -36,6 +37,7 @@ __all__ = [
     "RandomBackprop",
     "Rule",
     "RuleBackprop",
+    "SelectionImages",
     "SelectionLog",
     "WholeBatch",
     "gram_omp",
@@ -57,6 +59,7 @@ _MODULES = {
     "RandomBackprop": "algorithms.random_backprop",
     "Rule": "rules.rule",
     "RuleBackprop": "algorithms.rule_backprop",
+    "SelectionImages": "algorithms.selection_images",
     "SelectionLog": "algorithms.selection_log",
     "WholeBatch": "rules.picks",
     "gram_omp": "matching",

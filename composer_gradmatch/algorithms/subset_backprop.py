@@ -55,6 +55,7 @@ class SubsetBackprop(Algorithm):
     Attributes:
         last_selection (Picks, optional): The picks of the last minibatch that was selected from: indices, weights
             and metrics; None if that was trained whole.
+        minibatch (Any, optional): What the picks were taken from, during their step; None at all other times.
         batches_trained_whole (int): How many could not be selected from.
 
     Raises:
@@ -97,6 +98,7 @@ class SubsetBackprop(Algorithm):
         self.ordered_first = False
         self.batches_trained_whole = 0
         self.last_selection: Picks | None = None
+        self.minibatch: Any = None
         self._owner = type(self).__name__
         self._warn_once = WarnOnce(self._owner)
         self._reader = BatchReader(input_key, target_key)
@@ -121,7 +123,7 @@ class SubsetBackprop(Algorithm):
     def _reset_fit(self, state: State) -> None:
         """Forgets what belongs to one ``fit``, in which modules may be replaced."""
         self._steps.drop()
-        self._decides = False
+        self._decides, self.minibatch = False, None
         self._rows.reset_fit()
         self._ranks.reset_fit()
         self.selector.reset_fit(state)
@@ -357,7 +359,7 @@ class SubsetBackprop(Algorithm):
 
     def _train_on(self, state: State, picks: Picks, num_samples: int) -> None:
         """Puts the picks in the batch's place."""
-        self.last_selection = picks
+        self.last_selection, self.minibatch = picks, state.batch
         with span("indexing"):
             state.batch = self._rows.pick(state.batch, picks.indices, num_samples)
         self.selector.source.serve(state, picks)
@@ -367,6 +369,7 @@ class SubsetBackprop(Algorithm):
     def _batch_end(self, state: State, logger: Logger) -> None:
         self._steps.log_late(logger)
         self._steps.drop()
+        self.minibatch = None
         if self.selector.weighting is not None:
             self.selector.weighting.end_step(state)
         if self._decides:
