@@ -1,4 +1,4 @@
-"""What Composer's loggers write of a run: all metrics of the steps, by their names, values and steps.
+"""What Composer's loggers write of a run: all metrics of the steps, by their names, values and steps, and pictures.
 
 Those of MLflow and W&B run where these are installed: ``pip install 'mosaicml[mlflow,wandb]'``.
 """
@@ -10,11 +10,11 @@ import math
 from collections import defaultdict
 
 import pytest
-from cases import ON, fit
+from cases import CONV, ON, fit
 from composer.loggers import LoggerDestination, MLFlowLogger, TensorboardLogger, WandBLogger
 from on_device import OnDevice
 
-from composer_gradmatch import GradMatch, ImportanceBackprop
+from composer_gradmatch import GradMatch, ImportanceBackprop, SelectionImages
 
 #: The second logs a step when it is over, as on a GPU.
 ALGORITHMS = {"host": GradMatch, "device": OnDevice, "importance": ImportanceBackprop}
@@ -37,7 +37,8 @@ class Recorder(LoggerDestination):
 def train(logger, algorithm):
     """Trains with a logger; returns the algorithm's own metrics, by name and step."""
     recorder = Recorder()
-    fit([algorithm], loggers=[logger, recorder], max_duration="2ep").close()
+    arguments = {"loggers": [logger, recorder], "callbacks": [SelectionImages()], "max_duration": "2ep"}
+    fit([algorithm], CONV.model(), CONV.data(60), **arguments).close()
     own = {name: values for name, values in recorder.values.items() if name.startswith(algorithm.log_name)}
     assert len(own) >= 10
     return own
@@ -60,6 +61,8 @@ def test_tensorboard(algorithm, tmp_path):
     events = EventAccumulator(str(run)).Reload()
     found = {tag: {each.step: each.value for each in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
     assert_written(found, expected)
+    pictures = events.Images(f"{algorithm.log_name}/selection")
+    assert [(each.step, each.width > each.height > 400) for each in pictures] == [(0, True), (3, True)]
 
 
 @each_algorithm
@@ -76,6 +79,8 @@ def test_mlflow(algorithm, tmp_path):
         for name in run.data.metrics
     }
     assert_written(found, expected)
+    pictures = [each.path for each in client.list_artifacts(run.info.run_id, "images") if "thumb" not in each.path]
+    assert len([each for each in pictures if "selection" in each and each.endswith(".png")]) == 2, pictures
 
 
 @each_algorithm
@@ -89,7 +94,7 @@ def test_wandb_offline(algorithm, tmp_path, monkeypatch):
     expected = train(WandBLogger(init_kwargs={"dir": str(tmp_path)}), algorithm)
     wandb.teardown()  # Its process has written all of it.
     (written,) = tmp_path.rglob("run-*.wandb")
-    store, found = DataStore(), {}
+    store, found, pictures = DataStore(), {}, {}
     store.open_for_scan(str(written))
     while (data := store.scan_data()) is not None:
         record = Record()
@@ -101,4 +106,8 @@ def test_wandb_offline(algorithm, tmp_path, monkeypatch):
                 found.setdefault(name, {})[record.history.step.num] = value
             elif value == "NaN":
                 found.setdefault(name, {})[record.history.step.num] = math.nan
+            elif name == f"{algorithm.log_name}/selection/filenames":
+                pictures[record.history.step.num] = value
     assert_written(found, expected)
+    assert pictures.keys() == {0, 3}
+    assert all((written.parent / "files" / file).is_file() for (file,) in pictures.values())
