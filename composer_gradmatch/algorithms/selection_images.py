@@ -170,7 +170,9 @@ class SelectionImages(Callback):
             _write(figure, self._path / f"ep{epoch}-ba{step}.png")
 
     def _decode(self, state: State) -> Decode | None:
-        tokenizer = getattr(unwrap(state.model), "tokenizer", None) if self.tokenizer is None else self.tokenizer
+        tokenizer: Any = self.tokenizer
+        if tokenizer is None:
+            tokenizer = getattr(unwrap(state.model), "tokenizer", None)
         if not hasattr(tokenizer, "decode"):
             return None
         if hasattr(tokenizer, "all_special_ids"):  # One of HuggingFace's.

@@ -47,7 +47,7 @@ def view_samples(
         # The choices of a question are rows of tokens, too.
         kinds: tuple[Callable[[Any], Any], ...] = (_image, lambda row: _text(row, decode))
         for view in kinds[::-1] if name.endswith("input_ids") else kinds:
-            seen = [view(row) for row in rows]
+            seen: list[Any] = [view(row) for row in rows]
             if seen and all(each is not None for each in seen):
                 return seen
     shown = ", ".join(f"{name or 'the batch'} {_describe(leaf)}" for name, leaf in candidates[:_SHOWN])

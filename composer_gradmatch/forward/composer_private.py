@@ -113,7 +113,9 @@ def show_beside_loss(logger: Logger, values: dict[str, str], at_once: bool) -> b
     """
     found = False
     for each in logger.destinations:
-        bar: Any = getattr(each, "train_pbar", None) if isinstance(each, ProgressBarLogger) else None
+        if not isinstance(each, ProgressBarLogger):
+            continue
+        bar: Any = getattr(each, "train_pbar", None)
         shown = getattr(bar, "metrics", None)
         if not isinstance(shown, dict):
             continue

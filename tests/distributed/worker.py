@@ -73,7 +73,7 @@ def store(folder):
 
 
 def log_picks(folder):
-    """The log of two epochs, pictures, and what each rank has trained on: the first input of each sample, its weight."""
+    """The log of two epochs, pictures, and what each rank has trained on: a sample's first input, and its weight."""
     dataset, trained = number_samples(CONV.data(25)), []  # One sample is there twice, to fill the ranks up.
     algorithm = GradMatch(start=0.0, end=1.0, keep=0.5, interrupt=2, refresh="1ep")
 
