@@ -6,13 +6,19 @@ import math
 from typing import Any
 
 from composer.algorithms import SelectiveBackprop
-from composer.core import Algorithm, State, TimeUnit
+from composer.core import Algorithm, Event, State, TimeUnit
 
-__all__ = ["check_apart", "selects"]
+__all__ = ["check_apart", "selects_now"]
 
 
-def selects(algorithm: Algorithm) -> bool:
-    """Tells whether an algorithm picks samples of minibatches."""
+def selects_now(algorithm: Any, state: State) -> bool:
+    """Tells whether an algorithm selects from the batch that has been begun."""
+    if isinstance(algorithm, SelectiveBackprop):
+        return _selects(algorithm) and algorithm.match(Event.AFTER_DATALOADER, state)
+    return bool(getattr(algorithm, "_scheduled", False))
+
+
+def _selects(algorithm: Algorithm) -> bool:
     if isinstance(algorithm, SelectiveBackprop):
         return algorithm.keep < 1
     return bool(getattr(algorithm, "selects_samples", False) and getattr(algorithm, "selects", True))
@@ -29,7 +35,7 @@ def check_apart(selecting: Any, state: State) -> None:
         ValueError: If one would.
     """
     for other in state.algorithms:
-        if other is selecting or not selects(selecting) or not selects(other) or not hasattr(other, "start"):
+        if other is selecting or not _selects(selecting) or not _selects(other) or not hasattr(other, "start"):
             continue
         theirs: Any = other
         if _overlap(state, _interval(selecting), _interval(theirs)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from composer.core import Algorithm
 
@@ -20,6 +20,8 @@ class CopiedByArguments(Algorithm):
     """
 
     _arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    #: What of its arguments can be changed later on.
+    _schedule: ClassVar[tuple[str, ...]] = ("start", "end", "keep", "interrupt", "clock")
 
     def __new__(cls, *args: Any, **kwargs: Any) -> CopiedByArguments:
         """Makes an algorithm, whatever its class takes."""
@@ -27,13 +29,18 @@ class CopiedByArguments(Algorithm):
         made._arguments = args, kwargs
         return made
 
-    def _state_to_copy(self) -> dict[str, Any]:
-        """Gives what a copy is to have beside the arguments, without a word to other processes."""
+    def _own_state(self, of_all_ranks: bool = True) -> dict[str, Any]:
+        """Tells what a checkpoint keeps; of this rank alone, without a word to others, for a copy."""
         raise NotImplementedError
 
+    def _state_to_copy(self) -> dict[str, Any]:
+        schedule = {name: getattr(self, name) for name in self._schedule}
+        return {"schedule": schedule, "state": self._own_state(of_all_ranks=False)}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Takes what :meth:`_state_to_copy` gave."""
-        raise NotImplementedError
+        """Takes what a copy is to have beside the arguments."""
+        vars(self).update(state["schedule"])
+        self.load_state_dict(state["state"])
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
         """Tells how it is made again: see :mod:`pickle`."""

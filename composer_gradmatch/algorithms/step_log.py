@@ -9,26 +9,33 @@ from typing import Any
 import torch
 from composer.loggers import Logger
 
+from composer_gradmatch.forward.composer_private import show_beside_loss
 from composer_gradmatch.matching import effective_sample_size
+from composer_gradmatch.rules.cost import break_even
 from composer_gradmatch.rules.picks import Picks
 
 __all__ = ["StepLog", "metrics_of"]
 
+#: What the progress bar shows of a step: its name there → that of the metric.
+_IN_BAR = {"keep": "fraction_kept", "step_length": "step_length"}
 #: From what mean step length on a run is warned, and after how many steps.
 _LONG, _ENOUGH_STEPS = 1.5, 20
 
 
-def metrics_of(picks: Picks, num_samples: int, filled_up: bool) -> dict[str, float | torch.Tensor]:
+def metrics_of(picks: Picks, num_samples: int, filled_up: bool, cost: float) -> dict[str, float | torch.Tensor]:
     """Tells what to log of a step's picks: how many there are, how even their weights, and what the rule has to say.
 
     Args:
         picks (Picks): n picks of M samples.
         num_samples (int): M.
         filled_up (bool): Whether there are more of them than the rule picked.
+        cost (float): Of the step, in steps on the whole minibatch.
     """
     n = len(picks.indices)
+    share = n / num_samples
+    costs = {"estimated_cost": cost, **({"break_even_error": break_even(cost, share)} if share < 1 else {})}
     metrics: dict[str, float | torch.Tensor] = {
-        "fraction_kept": n / num_samples,
+        "fraction_kept": share,
         "effective_sample_size": float(n),
         "largest_weight": 1.0,
     }
@@ -36,7 +43,7 @@ def metrics_of(picks: Picks, num_samples: int, filled_up: bool) -> dict[str, flo
         metrics["effective_sample_size"] = effective_sample_size(picks.weights)
         # Relative to the mean of those that are not zero.
         metrics["largest_weight"] = picks.weights.max() / picks.weights[picks.weights != 0].mean()
-    return {**metrics, **picks.metrics, **({"fraction_kept": n / num_samples} if filled_up else {})}
+    return {**metrics, **picks.metrics, **({"fraction_kept": share} if filled_up else {}), **costs}
 
 
 class StepLog:
@@ -57,6 +64,9 @@ class StepLog:
         #: The sum of the steps' lengths, and their number.
         self._lengths, self._steps = 0.0, 0
         self._said_long = False
+        #: What a progress bar shows, and whether that is of picks.
+        self._in_bar: dict[str, str] = {}
+        self.shows_picks = False
         self.drop()
 
     def state_dict(self) -> dict[str, Any]:
@@ -108,9 +118,23 @@ class StepLog:
             )
         self._write(logger, metrics, step)
 
+    def show_whole(self, logger: Logger) -> None:
+        """Lets a progress bar that has shown picks show that a step is trained whole, and so as long as it should be.
+
+        Args:
+            logger (Logger): The run's logger.
+        """
+        self.shows_picks, self._in_bar = False, dict.fromkeys(self._in_bar, "1.00")
+        show_beside_loss(logger, self._in_bar, at_once=False)
+
     def _write(self, logger: Logger, metrics: Mapping[str, float | torch.Tensor], step: int | None = None) -> None:
         values = {key: float(value) for key, value in metrics.items()}
         logger.log_metrics({f"{self.prefix}/{key}": value for key, value in values.items()}, step)
+        for name, key in _IN_BAR.items():
+            if math.isfinite(value := values.get(key, math.nan)):
+                self._in_bar[name] = f"{value:.2f}"
+        # A step that is over has shown its loss already.
+        self.shows_picks = show_beside_loss(logger, self._in_bar, at_once=step is not None)
         if math.isfinite(length := values.get("step_length", math.nan)):
             self._see_length(length)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from itertools import repeat
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -12,7 +11,7 @@ from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 from composer.models import ComposerModel
 
-from composer_gradmatch.algorithms.apart import check_apart, selects
+from composer_gradmatch.algorithms.apart import check_apart, selects_now
 from composer_gradmatch.algorithms.beginning import numbers_are_there, take_numbers_for_all
 from composer_gradmatch.algorithms.copies import CopiedByArguments
 from composer_gradmatch.algorithms.namesakes import namesakes_of, of_each, own_state
@@ -29,7 +28,6 @@ from composer_gradmatch.batches.reader import BatchReader
 from composer_gradmatch.batches.sample_numbers import without_numbers
 from composer_gradmatch.forward.ranks import needs_all_ranks, unwrap
 from composer_gradmatch.forward.traceless import no_trace
-from composer_gradmatch.rules.cost import break_even
 from composer_gradmatch.rules.picks import Picks, WholeBatch
 from composer_gradmatch.spans import span
 
@@ -61,6 +59,7 @@ class SubsetBackprop(CopiedByArguments):
     Attributes:
         last_selection (Picks, optional): The picks of the last minibatch that was selected from: indices, weights
             and metrics; None if that was trained whole.
+        minibatch (Any, optional): What the picks were taken from, during their step; None at all other times.
         batches_trained_whole (int): How many could not be selected from.
 
     Raises:
@@ -92,6 +91,7 @@ class SubsetBackprop(CopiedByArguments):
         self.ordered_first = False
         self.batches_trained_whole = 0
         self.last_selection: Picks | None = None
+        self.minibatch: Any = None
         self._owner = type(self).__name__
         self._warn_once = WarnOnce(self._owner)
         self._reader = BatchReader(input_key, target_key)
@@ -120,7 +120,7 @@ class SubsetBackprop(CopiedByArguments):
     def _reset_fit(self, state: State) -> None:
         """Forgets what belongs to one ``fit``, in which modules may be replaced."""
         self._steps.drop()
-        self._decides = False
+        self._decides, self.minibatch = False, None
         self._rows.reset_fit()
         self._ranks.reset_fit()
         self.selector.reset_fit(state)
@@ -128,25 +128,13 @@ class SubsetBackprop(CopiedByArguments):
     def state_dict(self) -> dict[str, Any]:
         """Tells what a checkpoint keeps of the algorithm."""
         if self._namesakes and self._namesakes[-1] is self:  # Whose state takes the place of the others'.
-            return of_each([each._state_with(each.selector.state_dict()) for each in self._namesakes])
-        return self._state_with(self.selector.state_dict())
+            return of_each([each._own_state() for each in self._namesakes])
+        return self._own_state()
 
-    def _state_with(self, selectors: dict[str, Any]) -> dict[str, Any]:
-        counted = {
-            "log_name": self.log_name,
-            "batches_trained_whole": self.batches_trained_whole,
-            **self._steps.state_dict(),
-        }
-        return {**super().state_dict(), **counted, **selectors}
-
-    def _state_to_copy(self) -> dict[str, Any]:
-        schedule = {name: getattr(self, name) for name in ("start", "end", "keep", "interrupt", "clock")}
-        return {"schedule": schedule, "state": self._state_with(self.selector.state_dict(of_all_ranks=False))}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Takes what a copy is to have beside the arguments: see :class:`.CopiedByArguments`."""
-        vars(self).update(state["schedule"])
-        self.load_state_dict(state["state"])
+    def _own_state(self, of_all_ranks: bool = True) -> dict[str, Any]:
+        own = {"log_name": self.log_name, "batches_trained_whole": self.batches_trained_whole}
+        selectors = self.selector.state_dict(of_all_ranks)
+        return {**super().state_dict(), **own, **self._steps.state_dict(), **selectors}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned."""
@@ -162,7 +150,8 @@ class SubsetBackprop(CopiedByArguments):
             return True
         if event is Event.AFTER_DATALOADER:
             takes_numbers = self._is_numbered or self.selector.store is not None
-            return takes_numbers or (self.selects and (not self.selector.rehearsed or self._is_scheduled(state)))
+            selects = self.selects and (not self.selector.rehearsed or self._is_scheduled(state))
+            return takes_numbers or selects or self._steps.shows_picks
         if event is Event.EVAL_BATCH_START:
             return numbers_are_there(state)
         if event is Event.BEFORE_FORWARD:
@@ -203,6 +192,8 @@ class SubsetBackprop(CopiedByArguments):
             state.batch = without_numbers(state.batch)
         elif event is Event.AFTER_DATALOADER:
             self._begin_batch(state, logger)
+            if not self._scheduled and self._steps.shows_picks:
+                self._steps.show_whole(logger)
             if not self.selects or (self.selector.rehearsed and not self._scheduled):
                 return
             self._decides = self.selector.decides and self._scheduled
@@ -297,7 +288,7 @@ class SubsetBackprop(CopiedByArguments):
             activate_training_weights(state, logger)
         with no_trace(unwrap(state.model)):
             on_all_ranks(lambda: self.selector.rehearse(state, num_samples, num_picks), self._owner)
-        if self.selector.weighting is not None and not any(map(_is_scheduled, state.algorithms, repeat(state))):
+        if self.selector.weighting is not None and not any(selects_now(each, state) for each in state.algorithms):
             self._rows.rehearse(state, num_samples)
 
     def _after_dataloader(self, state: State, logger: Logger) -> None:
@@ -320,6 +311,7 @@ class SubsetBackprop(CopiedByArguments):
         # A single sample needs no selection, but a model may need all ranks in each forward pass.
         may_be_fewer = self.selector.leaves_out or self.selector.rule.varies
         if num_picks == num_samples and not may_be_fewer and not self._ranks.stay_in_step(state):
+            self._steps.show_whole(logger)
             return
         selected = self._select(state, num_samples, num_picks)
         picks = self._ranks.with_enough_samples(state, selected, num_samples, self.selector.left_out)
@@ -330,14 +322,9 @@ class SubsetBackprop(CopiedByArguments):
             self._train_on(state, picks, num_samples)
             self.selector.begin_step(len(picks.indices))
             filled_up = isinstance(selected, Picks) and len(picks.indices) > len(selected.indices)
-            share = len(picks.indices) / num_samples
-            cost = self.selector.cost(share)
-            metrics = {
-                **metrics_of(picks, num_samples, filled_up),
-                "estimated_cost": cost,
-                **({"break_even_error": break_even(cost, share)} if share < 1 else {}),
-                "selection_time": time.perf_counter() - started,
-            }
+            cost = self.selector.cost(len(picks.indices) / num_samples)
+            metrics = metrics_of(picks, num_samples, filled_up, cost)
+            metrics["selection_time"] = time.perf_counter() - started
             self._steps.log(logger, metrics, picks.found, int(state.timestamp.batch))
 
     # What measurements from outside wrap or read, by the names that it has had since version 0.1.0:
@@ -382,13 +369,14 @@ class SubsetBackprop(CopiedByArguments):
 
     def _train_whole(self, whole: WholeBatch, logger: Logger) -> None:
         self.batches_trained_whole += 1
+        self._steps.show_whole(logger)
         logger.log_metrics({f"{self.log_name}/batches_trained_whole": self.batches_trained_whole})
         if whole.warning is not None:
             self._warn_once(whole.warning)
 
     def _train_on(self, state: State, picks: Picks, num_samples: int) -> None:
         """Puts the picks in the batch's place."""
-        self.last_selection = picks
+        self.last_selection, self.minibatch = picks, state.batch
         with span("indexing"):
             state.batch = self._rows.pick(state.batch, picks.indices, num_samples)
         self.selector.source.serve(state, picks)
@@ -398,16 +386,10 @@ class SubsetBackprop(CopiedByArguments):
     def _batch_end(self, state: State, logger: Logger) -> None:
         self._steps.log_late(logger)
         self._steps.drop()
+        self.minibatch = None
         if self.selector.weighting is not None:
             self.selector.weighting.end_step(state)
         if self._decides:
             self._decides = False
             self.selector.end_step(state, self.keep)
         self._rows.clear()
-
-
-def _is_scheduled(algorithm: Algorithm, state: State) -> bool:
-    """Tells whether an algorithm selects from the batch that has been begun."""
-    if isinstance(algorithm, SubsetBackprop):
-        return algorithm._scheduled
-    return selects(algorithm) and algorithm.match(Event.AFTER_DATALOADER, state)
