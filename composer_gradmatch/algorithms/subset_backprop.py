@@ -152,7 +152,7 @@ class SubsetBackprop(CopiedByArguments):
             takes_numbers = self._is_numbered or self.selector.store is not None
             selects = self.selects and (not self.selector.rehearsed or self._is_scheduled(state))
             return takes_numbers or selects or self._steps.shows_picks
-        if event is Event.EVAL_BATCH_START:
+        if event is Event.EVAL_BATCH_START or event is Event.PREDICT_BATCH_START:
             return numbers_are_there(state)
         if event is Event.BEFORE_FORWARD:
             return self._rows.has_picks or self._ranks.watches_step or self.selector.watches
@@ -188,7 +188,7 @@ class SubsetBackprop(CopiedByArguments):
                 self.selector.store.begin_fit(state)
             self._check_schedule_and_order(state)
             self.ordered_first = False
-        elif event is Event.EVAL_BATCH_START:
+        elif event is Event.EVAL_BATCH_START or event is Event.PREDICT_BATCH_START:
             state.batch = without_numbers(state.batch)
         elif event is Event.AFTER_DATALOADER:
             self._begin_batch(state, logger)

@@ -61,7 +61,7 @@ def test_without_a_selecting_algorithm_a_data_spec_takes_them_out():
 
 
 @pytest.mark.parametrize("refresh", [None, "1ep"])
-def test_they_are_gone_in_evaluation_too(refresh):
+def test_they_are_gone_in_evaluation_and_prediction_too(refresh):
     loader, evaluated = loader_of(number_samples(MLP.data(N))), loader_of(number_samples(MLP.data(N, seed=1)))
     algorithm = GradMatch(**ON, keep=0.3, refresh=refresh)
     trainer = make_trainer(
@@ -69,6 +69,7 @@ def test_they_are_gone_in_evaluation_too(refresh):
         eval_interval="1ba", max_duration="1ep",
     )  # fmt: skip
     trainer.fit()
+    assert sum(len(each) for each in trainer.predict(evaluated)) == N
     assert 0 <= float(trainer.state.eval_metrics["e"]["MulticlassAccuracy"].compute()) <= 1
 
 
