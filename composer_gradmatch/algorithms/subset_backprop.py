@@ -288,7 +288,8 @@ class SubsetBackprop(CopiedByArguments):
             activate_training_weights(state, logger)
         with no_trace(unwrap(state.model)):
             on_all_ranks(lambda: self.selector.rehearse(state, num_samples, num_picks), self._owner)
-        if self.selector.weighting is not None and not any(selects_now(each, state) for each in state.algorithms):
+        picked_from = any(selects_now(each, state) for each in (self, *state.algorithms))
+        if self.selector.weighting is not None and not picked_from:
             self._rows.rehearse(state, num_samples)
 
     def _after_dataloader(self, state: State, logger: Logger) -> None:
