@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from composer.core import Algorithm
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["CopiedByArguments"]
 
@@ -23,7 +26,7 @@ class CopiedByArguments(Algorithm):
     #: What of its arguments can be changed later on.
     _schedule: ClassVar[tuple[str, ...]] = ("start", "end", "keep", "interrupt", "clock")
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> CopiedByArguments:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Makes an algorithm, whatever its class takes."""
         made = super().__new__(cls)
         made._arguments = args, kwargs

@@ -66,16 +66,21 @@ class StoreOfRun:
         #: The output layer that what is stored was made for.
         self._made_for: OutputLayer | None = None
 
-    def begin_fit(self, size: int, has_changed: bool) -> None:
+    def begin_fit(self, size: int | None, has_changed: bool) -> None:
         """Begins a store anew where the data are others.
 
         Args:
-            size (int): N.
+            size (int, optional): N, if it is known.
             has_changed (bool): Whether they are not those of the last ``fit``.
 
         Raises:
-            ValueError: If a checkpoint's store is of other data.
+            ValueError: If N is not known, or a checkpoint's store is of other data.
         """
+        if size is None:
+            raise ValueError(
+                "refresh keeps a row for each sample, but the training data do not say how many there are (no "
+                "__len__). Give the data set a length, or leave refresh out."
+            )
         self.size = size
         if has_changed and self.store is not None:
             self.selection_pass.warn("the training data are not those of the last fit: what was stored is forgotten.")

@@ -10,6 +10,7 @@ from composer.core import State, Time
 from composer.utils import dist
 
 from composer_gradmatch.batches.numbering import Numbering
+from composer_gradmatch.candidates.due_rows import rows_to_look_at
 from composer_gradmatch.candidates.output_layer_again import OutputLayerAgain
 from composer_gradmatch.candidates.refresh import check_refresh
 from composer_gradmatch.candidates.sample_store import SampleStore, Seen
@@ -18,9 +19,6 @@ from composer_gradmatch.candidates.store_of_run import StoreOfRun
 from composer_gradmatch.candidates.suspects import Suspects, margins_of
 from composer_gradmatch.candidates.training_looks import TrainingLooks
 from composer_gradmatch.candidates.two_passes import TwoPasses
-from composer_gradmatch.forward.batch_norm import fewest_in_a_microbatch
-from composer_gradmatch.forward.composer_private import ghost_batch_size
-from composer_gradmatch.forward.ranks import largest_on_all_ranks, needs_all_ranks, unwrap
 from composer_gradmatch.forward.sample_checks import Rows
 from composer_gradmatch.last_layer.gradients import all_finite
 from composer_gradmatch.rules.candidates import Candidates
@@ -105,13 +103,7 @@ class StoredLooks(Source):
             ValueError: If its samples have no numbers, or it is not known how many there are.
         """
         self.numbering.find(state.train_dataloader)
-        size = self.numbering.size
-        if size is None:
-            raise ValueError(
-                "refresh keeps a row for each sample, but the training data do not say how many there are (no "
-                "__len__). Give the data set a length, or leave refresh out."
-            )
-        self.kept.begin_fit(size, self.numbering.has_changed)
+        self.kept.begin_fit(self.numbering.size, self.numbering.has_changed)
 
     @property
     def passes(self) -> Passes:
@@ -137,7 +129,8 @@ class StoredLooks(Source):
         self.kept.follow_layer(state)
         store, numbers = self.kept.of(state), self._check_numbers(num_samples)
         self._time = int(state.timestamp.get(self.refresh.unit).value)
-        rows = self._rows_to_look_at(state, store, numbers)
+        due = store.due(numbers, self._time, int(self.refresh.value))
+        rows = rows_to_look_at(state, due, store.stamps[numbers], self.selection_pass, self.rows_for_batch_norm)
         self._looked_at, self._num_samples = len(rows), num_samples
         candidates = None
         if len(rows) == num_samples:
@@ -153,23 +146,6 @@ class StoredLooks(Source):
         if candidates is None:
             candidates = self._from_store(state, store, numbers)
         return candidates if self.suspects is None else self._without_suspects(state, store, candidates, numbers)
-
-    def _rows_to_look_at(self, state: State, store: SampleStore, numbers: torch.Tensor) -> torch.Tensor:
-        """Lists the rows that are due, and the oldest of the others where a pass must have more."""
-        due = store.due(numbers, self._time, int(self.refresh.value))
-        wanted, model = int(due.sum()), unwrap(state.model)
-        if needs_all_ranks(model) and largest_on_all_ranks(int(wanted > 0), state.device):
-            wanted = max(1, wanted)  # A forward pass is one of all ranks.
-        if wanted and (fewest := fewest_in_a_microbatch(model)) > 1:
-            fewest = max(fewest, ghost_batch_size(model))
-            wanted = max(wanted, self.rows_for_batch_norm, fewest)
-            while wanted < len(numbers) and self.selection_pass.smallest_microbatch(state, wanted) < fewest:
-                wanted += 1
-            wanted = min(wanted, len(numbers))
-        oldest = store.stamps[numbers].argsort(stable=True)
-        # What is due is the oldest, but for stamps of the future.
-        order = torch.cat([oldest[due[oldest]], oldest[~due[oldest]]])
-        return order[:wanted].sort().values
 
     def _keep(self, store: SampleStore, candidates: Candidates, numbers: torch.Tensor) -> None:
         seen = Seen(numbers, candidates.losses)
