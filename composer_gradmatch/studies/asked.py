@@ -41,6 +41,8 @@ def verdict(
     algorithms: dict[str, Any] | None = None,
     version: str = "",
     retry_failed: bool = False,
+    engine: Literal["local", "ray"] = "local",
+    address: str | None = None,
 ) -> Result:
     """Finds out what to switch on and what it saves, within a budget of time.
 
@@ -68,6 +70,10 @@ def verdict(
         version (str, optional): With a function, a name for what it uses, such as its data: a folder of results
             belongs to one version, and to one source of the function. Default: ``""``.
         retry_failed (bool, optional): Whether runs that failed are made once more. Default: ``False``.
+        engine (str, optional): Where runs are made: ``"local"``, on this machine, or ``"ray"``, on a Ray cluster, whose
+            workers are sent the function if there is one. Default: ``"local"``.
+        address (str, optional): With Ray, where it listens, ``"HOST:PORT"``. Default: ``RAY_ADDRESS``, or the cluster
+            that this machine is a node of, or one that is started of this machine alone.
 
     Returns:
         Result: Its ``answer``, ``frame``, ``summary`` and ``figures``.
@@ -84,7 +90,13 @@ def verdict(
         "label_noise": _checked("label_noise", noise, label_noise),
         "metric": metric,
     }
-    shared = {"strategies": strategies, "keep": keep, "retry_failed": retry_failed}
+    shared = {
+        "strategies": strategies,
+        "keep": keep,
+        "retry_failed": retry_failed,
+        "engine": engine,
+        "address": address,
+    }
     return _ask("verdict", make, out, algorithms, version, varies_rate=True, **shared, **options)
 
 
@@ -95,7 +107,7 @@ def accuracy(
     strategies: Sequence[str] = ("gradmatch", "loss", "random", "full"),
     keep: Sequence[float] = (0.05, 0.1, 0.3, 0.5),
     seeds: int = 3,
-    jobs: int = 1,
+    jobs: int | None = None,
     label_noise: float = 0.0,
     batch_size: Literal["fixed", "scaled"] = "fixed",
     tune: bool = False,
@@ -105,6 +117,8 @@ def accuracy(
     algorithms: dict[str, Any] | None = None,
     version: str = "",
     retry_failed: bool = False,
+    engine: Literal["local", "ray"] = "local",
+    address: str | None = None,
 ) -> Result:
     """Compares test accuracies at equal keep and at equal cost.
 
@@ -116,7 +130,8 @@ def accuracy(
         strategies (Sequence[str], optional): Default: gradmatch, loss, random, full.
         keep (Sequence[float], optional): Fractions of the minibatch. Default: ``(0.05, 0.1, 0.3, 0.5)``.
         seeds (int, optional): Seeds 0 to N-1. Default: ``3``.
-        jobs (int, optional): Runs at a time, in processes; 1 with a function. Default: ``1``.
+        jobs (int, optional): Runs at a time. Default: 1; with Ray, one for each GPU, or for each node where there are
+            none.
         label_noise (float, optional): The part of the training set with random labels. Default: ``0.0``.
         batch_size (str, optional): ``"fixed"``: forward M samples whatever is kept; ``"scaled"``: M/keep.
             Default: ``"fixed"``.
@@ -128,6 +143,10 @@ def accuracy(
         algorithms (dict[str, Any], optional): See :func:`verdict`. Default: ``None``.
         version (str, optional): See :func:`verdict`. Default: ``""``.
         retry_failed (bool, optional): Whether runs that failed are made once more. Default: ``False``.
+        engine (str, optional): Where runs are made: ``"local"``, on this machine, or ``"ray"``, on a Ray cluster, whose
+            workers are sent the function if there is one. Default: ``"local"``.
+        address (str, optional): With Ray, where it listens, ``"HOST:PORT"``. Default: ``RAY_ADDRESS``, or the cluster
+            that this machine is a node of, or one that is started of this machine alone.
 
     Returns:
         Result: Its ``answer``, ``frame``, ``summary`` and ``figures``.
@@ -137,11 +156,14 @@ def accuracy(
     """
     if batch_size not in ("fixed", "scaled"):
         raise ConfigError(f"batch_size: expected 'fixed' or 'scaled', got {batch_size!r}")
-    if callable(make) and jobs != 1:
-        raise ConfigError(f"jobs: a function's runs are made in this process, one at a time; got {jobs!r}. Leave it 1.")
+    if callable(make) and engine == "local" and jobs not in (None, 1):
+        raise ConfigError(
+            f"jobs: a function's runs are made in this process, one at a time; got {jobs!r}. Leave it out, or give "
+            "engine='ray'."
+        )
     options = {
         "seeds": _checked("seeds", positive, seeds),
-        "jobs": _checked("jobs", positive, jobs),
+        "jobs": None if jobs is None else _checked("jobs", positive, jobs),
         "label_noise": _checked("label_noise", noise, label_noise),
         "batch_size": batch_size,
         "tune": tune,
@@ -149,7 +171,13 @@ def accuracy(
         "metric": metric,
         "rounds": _checked("rounds", positive, rounds),
     }
-    shared = {"strategies": strategies, "keep": keep, "retry_failed": retry_failed}
+    shared = {
+        "strategies": strategies,
+        "keep": keep,
+        "retry_failed": retry_failed,
+        "engine": engine,
+        "address": address,
+    }
     return _ask("accuracy", make, out, algorithms, version, varies_rate=tune, **shared, **options)
 
 
@@ -201,7 +229,8 @@ def _ask(
                 raise ConfigError("algorithms, version: they go with a function; a config has its own algorithms.")
             else:
                 config, name = (make, "config") if isinstance(make, dict) else (load_config(make), Path(make).stem)
-                _refuse_unguarded_script()
+                if options["engine"] == "local":
+                    _refuse_unguarded_script()
             figures = stack.enter_context(collecting())
             cells = {"strategies": list(dict.fromkeys(strategies)), "keep": list(dict.fromkeys(keeps))}
             make_study(config, name, study, Path(out), **cells, **options)
