@@ -90,13 +90,8 @@ def verdict(
         "label_noise": _checked("label_noise", noise, label_noise),
         "metric": metric,
     }
-    shared = {
-        "strategies": strategies,
-        "keep": keep,
-        "retry_failed": retry_failed,
-        "engine": engine,
-        "address": address,
-    }
+    shared = {"strategies": strategies, "keep": keep, "retry_failed": retry_failed}
+    shared |= {"engine": engine, "address": address}
     return _ask("verdict", make, out, algorithms, version, varies_rate=True, **shared, **options)
 
 
@@ -171,13 +166,8 @@ def accuracy(
         "metric": metric,
         "rounds": _checked("rounds", positive, rounds),
     }
-    shared = {
-        "strategies": strategies,
-        "keep": keep,
-        "retry_failed": retry_failed,
-        "engine": engine,
-        "address": address,
-    }
+    shared = {"strategies": strategies, "keep": keep, "retry_failed": retry_failed}
+    shared |= {"engine": engine, "address": address}
     return _ask("accuracy", make, out, algorithms, version, varies_rate=tune, **shared, **options)
 
 

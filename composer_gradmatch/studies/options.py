@@ -65,8 +65,8 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--address",
         metavar="HOST:PORT",
-        help="with --engine ray, where Ray listens; default: RAY_ADDRESS, or the cluster that this machine is a node of, "
-        "or one that is started of this machine alone",
+        help="with --engine ray, where Ray listens; default: RAY_ADDRESS, or else the cluster that this machine is a "
+        "node of, or one that is started on this machine alone",
     )
 
 

@@ -84,8 +84,8 @@ def _knock(address: str) -> None:
         socket.create_connection((host, port), timeout=_KNOCK_SECONDS).close()
     except OSError as error:
         raise ConfigError(
-            f"--address {address}: nobody listens there ({error}). Give the address that ray start --head said, or leave "
-            "it out for a cluster that this machine is a node of."
+            f"--address {address}: nobody listens there ({error}). Give the address that ray start --head said; on a "
+            "node of the cluster it can be left out."
         ) from error
 
 
