@@ -10,6 +10,9 @@ from composer_gradmatch.train.config import ConfigError
 
 __all__ = ["Cluster", "Share"]
 
+#: The resource that Ray gives a node for the kind of its GPUs.
+_KIND = "accelerator_type:"
+
 
 @dataclass(frozen=True)
 class Share:
@@ -36,9 +39,11 @@ class Cluster:
 
     Attributes:
         nodes (Mapping[str, tuple[int, int]]): Cores and GPUs by the node's number.
+        kinds (frozenset[str], optional): The kinds of the GPUs, as far as Ray tells. Default: ``frozenset()``.
     """
 
     nodes: Mapping[str, tuple[int, int]]
+    kinds: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, found: Sequence[Mapping]) -> Cluster:
@@ -53,7 +58,9 @@ class Cluster:
             if node["Alive"]
         }
         if any(gpus for _, gpus in have.values()):
-            return cls({name: (cores, gpus) for name, (cores, gpus) in have.items() if gpus})
+            own = {name: each for name, each in have.items() if each[1]}
+            kinds = (key for node in found if node["NodeID"] in own for key in node["Resources"])
+            return cls(own, frozenset(key[len(_KIND) :] for key in kinds if key.startswith(_KIND)))
         most = max((cores for cores, _ in have.values()), default=0)
         if not most:
             raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import threading
@@ -55,6 +56,13 @@ class OnRay:
         self.slots = jobs or self._cluster.slots
         at = self._ray.get_runtime_context().gcs_address
         print(f"Ray at {at}: {self.slots} runs at a time, each with {self._share}.", file=sys.stderr, flush=True)
+
+        if len(self._cluster.kinds) > 1:
+            kinds = ", ".join(sorted(self._cluster.kinds))
+            print(
+                f"Its GPUs are of several kinds ({kinds}): measured costs tell these apart, too.",
+                file=sys.stderr,
+            )
 
         # By value, so that the clock runs before a fresh process imports torch and Composer.
         def work(*arguments: Any) -> Any:
@@ -144,7 +152,7 @@ class OnRay:
         with self._lock:
             if self._closed:
                 raise self._ray.exceptions.TaskCancelledError
-            result = remote.remote(sent, pickle(run), run.key, max(1, share.cores), os.getcwd())
+            result = remote.remote(sent, pickle(run), run.key, max(1, share.cores), os.getcwd(), sys.path)
             self._begun.add(result)
         try:
             return self._ray.get(result)
@@ -166,9 +174,10 @@ class OnRay:
                 "files and connections itself."
             ) from error
         with self._lock:
-            if text not in self._sent:
-                self._sent[text] = self._ray.put(text)
-            return self._sent[text]
+            digest = hashlib.sha256(text).digest()
+            if digest not in self._sent:
+                self._sent[digest] = self._ray.put(text)
+            return self._sent[digest]
 
     def close(self) -> None:
         """Ends the runs that are being made, and the connection if it was made here."""

@@ -8,7 +8,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,9 @@ __all__ = ["work"]
 _PRINTED = 1_000_000
 
 
-def work(begun: float, task: bytes, run: bytes, key: str, threads: int, folder: str) -> tuple[Record, str]:
+def work(
+    begun: float, task: bytes, run: bytes, key: str, threads: int, folder: str, path: Sequence[str]
+) -> tuple[Record, str]:
     """Does a run.
 
     Args:
@@ -34,7 +36,8 @@ def work(begun: float, task: bytes, run: bytes, key: str, threads: int, folder: 
         run (bytes): The run, pickled.
         key (str): Its name.
         threads (int): CPU threads that it may use.
-        folder (str): The study's working directory, in which paths are looked up where this machine has it.
+        folder (str): The study's working directory, in which files are looked up where this machine has it.
+        path (Sequence[str]): Where the study's process looks up modules.
 
     Returns:
         tuple[Record, str]: What came of it, and what it printed.
@@ -42,6 +45,7 @@ def work(begun: float, task: bytes, run: bytes, key: str, threads: int, folder: 
     _share_machine(threads)
     with suppress(OSError):
         os.chdir(folder)
+    sys.path += [entry for entry in path if entry not in sys.path and os.path.exists(entry)]
     # Named for who looks for it where the process dies.
     descriptor, name = tempfile.mkstemp(prefix=f"{key}-", suffix=".log")
     with _printing_to(descriptor):

@@ -1,0 +1,125 @@
+"""Runs on Ray's own clusters of several nodes, all on this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+from tasks_for_workers import begin_and_wait, behave
+
+from composer_gradmatch.studies.building import ByNames
+from composer_gradmatch.studies.engines.engine import run_all
+from composer_gradmatch.studies.store import Run
+from composer_gradmatch.studies.tasks import for_workers
+from composer_gradmatch.train.register_files import load_files
+
+pytest.importorskip("ray")
+DIGITS = str(Path(__file__).resolve().parents[2] / "configs" / "digits.yaml")
+#: For whatever is waited for, on a machine that does much else.
+PATIENCE = 120
+
+
+@contextmanager
+def cluster_of(*nodes):
+    """Starts a cluster whose head makes no runs: gives it, and the other nodes."""
+    from ray.cluster_utils import Cluster
+
+    small = {"object_store_memory": 80 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **small})
+    try:
+        yield cluster, [cluster.add_node(**each, **small) for each in nodes]
+    finally:
+        cluster.shutdown()
+
+
+def until(happens):
+    """Waits until it does; returns what it returned."""
+    deadline = time.monotonic() + PATIENCE
+    while not (found := happens()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
+def begun(folder):
+    """What each attempt at each run has said when it began."""
+    return {file.stem: [line.split() for line in file.read_text().splitlines()] for file in folder.glob("*.began")}
+
+
+def once_begun(folder, attempts, then=lambda: None):
+    """Waits beside the test until there are so many attempts, does something, and lets them end."""
+
+    def wait():
+        until(lambda: sum(map(len, begun(folder).values())) == attempts)
+        then()
+        (folder / "go on").touch()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+MODEL = """
+import torch
+from composer_gradmatch import register
+
+@register.model
+def my_net(num_classes=10):
+    return torch.nn.Linear(8, num_classes)
+"""
+
+
+def test_a_node_that_dies_costs_only_its_run_which_is_made_again(tmp_path, nothing_registered, monkeypatch, capsys):
+    from composer_gradmatch.studies.engines.on_ray import OnRay
+
+    mine, logs = tmp_path / "mine.py", tmp_path / "logs"
+    mine.write_text(MODEL)
+    load_files([mine])
+    mine.unlink()  # As on a machine of its own.
+    monkeypatch.chdir(tmp_path)
+    with cluster_of({"num_cpus": 1}, {"num_cpus": 1}) as (cluster, nodes), closing(OnRay(cluster.address, None)) as ray:
+        assert "2 runs at a time, each with 1 core." in capsys.readouterr().err
+        runs = {how: Run("test", {"how": how}, {}) for how in ("fine", "die", "fail")}
+        records = {run.settings["how"]: record for run, record in run_all(ray, behave, list(runs.values()), logs)}
+        printed = {how: (logs / f"{run.key}.log").read_text() for how, run in runs.items()}
+        assert records["fine"].rows == [{"answer": 42}]
+        assert records["fine"].provenance["node"]
+        assert printed["fine"] == "said by fine\n"
+        assert records["fail"].error == "ValueError: as told"
+        assert 'raise ValueError("as told")' in printed["fail"]
+        assert "The run's worker died" in records["die"].error
+        assert printed["die"].count("The run's worker died: ") == 2
+
+        task = for_workers("tasks_for_workers:name_here", ByNames())
+        ((_, named),) = run_all(ray, task, [Run("test", {"named": 1}, {})], logs)
+        assert named.error == ""
+        assert named.rows == [{"classes": 3, "folder": str(tmp_path)}]
+        assert named.provenance["registered mine.py"].startswith("SHA-256 ")
+
+        dead, alive = (node.node_id for node in nodes)
+        once_begun(tmp_path, 2, lambda: cluster.remove_node(nodes[0], allow_graceful=False))
+        waiting = [Run("test", {"n": n}, {}, {"folder": str(tmp_path)}) for n in range(4)]
+        made = [record for _, record in run_all(ray, begin_and_wait, waiting, logs)]
+    assert [record.error for record in made] == [""] * 4
+    assert {record.rows[0]["node"] for record in made} == {alive}
+    attempts = [[node for node, *_ in each] for each in begun(tmp_path).values()]
+    assert sorted(attempts, key=len) == [[alive], [alive], [alive], [dead, alive]]
+
+
+def test_each_run_has_a_gpu_of_its_own(tmp_path):
+    from composer_gradmatch.studies.engines.on_ray import OnRay
+
+    # Ray takes our word for the GPUs.
+    with cluster_of({"num_cpus": 4, "num_gpus": 2}) as (cluster, _), closing(OnRay(cluster.address, None)) as ray:
+        assert ray.slots == 2
+        runs = [Run("test", {"n": n}, {}, {"folder": str(tmp_path)}) for n in range(2)]
+        once_begun(tmp_path, 2)
+        assert [record.error for _, record in run_all(ray, begin_and_wait, runs, tmp_path / "logs")] == [""] * 2
+    attempts = [attempt for each in begun(tmp_path).values() for attempt in each]
+    assert sorted(gpu for _, _, gpu, _ in attempts) == ["0", "1"]
+    assert {threads for _, _, _, threads in attempts} == {"2"}
