@@ -92,7 +92,7 @@ def load_contents(files: Mapping[Path, bytes]) -> None:
     """
     for file, contents in files.items():
         here = _copies.get(file, file)
-        if not here.is_file():
+        if here not in _loaded and not here.is_file():
             here = _copies[file] = _copy(file.name, contents)
         load_files([here])
         if _loaded[here.resolve()] != contents:

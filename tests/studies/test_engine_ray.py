@@ -5,23 +5,27 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
+import tempfile
 import threading
 import time
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
+import torch
+from composer.models import ComposerClassifier
 from tasks_for_workers import begin_and_wait, behave
+from test_runs import alive, save_timing, study
+from torch.utils.data import DataLoader, TensorDataset
 
-from composer_gradmatch.studies.building import ByNames
+from composer_gradmatch.studies.building import ByNames, built_by
 from composer_gradmatch.studies.engines.engine import run_all
+from composer_gradmatch.studies.made import Made
 from composer_gradmatch.studies.store import Run
 from composer_gradmatch.studies.tasks import for_workers
 from composer_gradmatch.train.register_files import load_files
 
 pytest.importorskip("ray")
-DIGITS = str(Path(__file__).resolve().parents[2] / "configs" / "digits.yaml")
 #: For whatever is waited for, on a machine that does much else.
 PATIENCE = 120
 
@@ -74,6 +78,23 @@ def my_net(num_classes=10):
 """
 
 
+def tiny():
+    """What a notebook's function makes."""
+    model = ComposerClassifier(torch.nn.Linear(2, 2), num_classes=2)
+    points = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+    data = TensorDataset(points, (points[:, 0] > 0.3).long())
+    return {
+        "model": model,
+        "train_dataloader": DataLoader(data, batch_size=16, shuffle=True),
+        "eval_dataloader": DataLoader(data, batch_size=64),
+        "optimizers": torch.optim.SGD(model.parameters(), lr=0.1),
+        "max_duration": "1ep",
+    }
+
+
+tiny.__module__ = "__main__"
+
+
 def test_a_node_that_dies_costs_only_its_run_which_is_made_again(tmp_path, nothing_registered, monkeypatch, capsys):
     from composer_gradmatch.studies.engines.on_ray import OnRay
 
@@ -101,14 +122,24 @@ def test_a_node_that_dies_costs_only_its_run_which_is_made_again(tmp_path, nothi
         assert named.rows == [{"classes": 3, "folder": str(tmp_path)}]
         assert named.provenance["registered mine.py"].startswith("SHA-256 ")
 
-        dead, alive = (node.node_id for node in nodes)
+        made = Made(tiny, varies_rate=False)
+        with built_by(made, made.config):
+            run = Run("accuracy", {}, {**made.config, "seed": 3}, {"metric": "metrics/eval/MulticlassAccuracy"})
+            task = for_workers("composer_gradmatch.studies.training:training", made)
+            here = task(run)
+            trained = ray.do(task, run, logs)
+        assert trained.error == ""
+        assert trained.details["accuracies"] == here[1]["accuracies"]
+        assert trained.rows[0]["steps"] == here[0][0]["steps"] == 4
+
+        dead, other = (node.node_id for node in nodes)
         once_begun(tmp_path, 2, lambda: cluster.remove_node(nodes[0], allow_graceful=False))
         waiting = [Run("test", {"n": n}, {}, {"folder": str(tmp_path)}) for n in range(4)]
-        made = [record for _, record in run_all(ray, begin_and_wait, waiting, logs)]
-    assert [record.error for record in made] == [""] * 4
-    assert {record.rows[0]["node"] for record in made} == {alive}
+        records = [record for _, record in run_all(ray, begin_and_wait, waiting, logs)]
+    assert [record.error for record in records] == [""] * 4
+    assert {record.rows[0]["node"] for record in records} == {other}
     attempts = [[node for node, *_ in each] for each in begun(tmp_path).values()]
-    assert sorted(attempts, key=len) == [[alive], [alive], [alive], [dead, alive]]
+    assert sorted(attempts, key=len) == [[other], [other], [other], [dead, other]]
 
 
 def test_each_run_has_a_gpu_of_its_own(tmp_path):
@@ -123,3 +154,41 @@ def test_each_run_has_a_gpu_of_its_own(tmp_path):
     attempts = [attempt for each in begun(tmp_path).values() for attempt in each]
     assert sorted(gpu for _, _, gpu, _ in attempts) == ["0", "1"]
     assert {threads for _, _, _, threads in attempts} == {"2"}
+
+
+def descendants(pid):
+    """The processes that a process has started, and those that these have."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[stat.parent.name] = stat.read_text().rsplit(")", 1)[1].split()[1]
+    found = {str(pid)}
+    while more := {own for own, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {str(pid)}
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_study_on_ray_told_to_stop_stops_at_once(how, tmp_path):
+    out, temporary = tmp_path / "out", Path(tempfile.gettempdir())
+    save_timing(out, "100000ep")
+    before = set(temporary.glob("accuracy-*.log"))
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    process = subprocess.Popen(
+        [*study(out, "100000ep"), "--engine", "ray"], stderr=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        logs = until(lambda: process.poll() is not None or set(temporary.glob("accuracy-*.log")) - before)
+        assert process.poll() is None, process.communicate()[1]
+        started = descendants(process.pid)
+        assert started
+        process.send_signal(how)
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == 128 + how
+        assert "The same command goes on from here" in errors
+        until(lambda: not any(map(alive, started)))
+    finally:
+        process.kill()
+    for log in logs:
+        log.unlink()
+    assert [path.name[:9] for path in out.glob("runs/*.json")] == ["step-time"]

@@ -99,7 +99,12 @@ class OnRay:
         addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in self._ray.nodes()}
         for node, answer in answers.items():
             try:
-                found = self._ray.get(answer, timeout=_ANSWER_SECONDS)
+                found = answer.future().result(_ANSWER_SECONDS)
+            except TimeoutError:
+                raise ConfigError(
+                    f"--engine ray: node {addresses[node]} has started no process for {_ANSWER_SECONDS} s. See ray status, "
+                    "and that its ports are open to this machine."
+                ) from None
             except self._ray.exceptions.RayError as error:
                 raise ConfigError(f"--engine ray: node {addresses[node]}: {_first_line(error)}") from error
             for name, there in found.items():
@@ -155,7 +160,7 @@ class OnRay:
             result = remote.remote(sent, pickle(run), run.key, max(1, share.cores), os.getcwd(), sys.path)
             self._begun.add(result)
         try:
-            return self._ray.get(result)
+            return result.future().result()  # Ray's own get turns a signal's exit code into another.
         finally:
             self._begun.discard(result)
 
