@@ -51,9 +51,9 @@ def verdict(
     Args:
         make (str | Path | dict | Callable): The path of a config, a config, or a function that returns a Trainer's
             keyword arguments as a dict, with at least ``model``, ``train_dataloader``, ``eval_dataloader``,
-            ``optimizers`` and ``max_duration``. It is called for each run, in this process, with a learning rate
-            ``lr`` and, if it takes one, the ``seed``, and makes all of them anew. The default of ``lr`` is the rate
-            around which others are tried. Selection is the study's to add.
+            ``optimizers`` and ``max_duration``. It is called for each run, in this process or, with Ray, in a
+            worker's, with a learning rate ``lr`` and, if it takes one, the ``seed``, and makes all of them anew. The
+            default of ``lr`` is the rate around which others are tried. Selection is the study's to add.
         out (str | Path): The folder for results.
         budget (str | float): The time for all of it: ``"2h"``, ``"1h30m"``, or seconds.
         strategies (Sequence[str], optional): See the table of studies. Default: full, random, gradmatch, loss.

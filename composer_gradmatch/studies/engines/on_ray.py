@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+from concurrent import futures
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -100,10 +101,10 @@ class OnRay:
         for node, answer in answers.items():
             try:
                 found = answer.future().result(_ANSWER_SECONDS)
-            except TimeoutError:
+            except futures.TimeoutError:
                 raise ConfigError(
-                    f"--engine ray: node {addresses[node]} has started no process for {_ANSWER_SECONDS} s. See ray status, "
-                    "and that its ports are open to this machine."
+                    f"--engine ray: node {addresses[node]} has started no process for {_ANSWER_SECONDS} s. See what "
+                    "ray status says, and that its ports are open to this machine."
                 ) from None
             except self._ray.exceptions.RayError as error:
                 raise ConfigError(f"--engine ray: node {addresses[node]}: {_first_line(error)}") from error
