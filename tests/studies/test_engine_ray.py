@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,14 +16,16 @@ import pytest
 import torch
 from composer.models import ComposerClassifier
 from tasks_for_workers import begin_and_wait, behave
-from test_runs import alive, save_timing, study
+from test_runs import DIGITS, alive, save_timing, study
 from torch.utils.data import DataLoader, TensorDataset
 
+from composer_gradmatch.studies.__main__ import main
 from composer_gradmatch.studies.building import ByNames, built_by
 from composer_gradmatch.studies.engines.engine import run_all
 from composer_gradmatch.studies.made import Made
 from composer_gradmatch.studies.store import Run
 from composer_gradmatch.studies.tasks import for_workers
+from composer_gradmatch.train.config import ConfigError
 from composer_gradmatch.train.register_files import load_files
 
 pytest.importorskip("ray")
@@ -142,18 +145,41 @@ def test_a_node_that_dies_costs_only_its_run_which_is_made_again(tmp_path, nothi
     assert sorted(attempts, key=len) == [[other], [other], [other], [dead, other]]
 
 
-def test_each_run_has_a_gpu_of_its_own(tmp_path):
-    from composer_gradmatch.studies.engines.on_ray import OnRay
+def test_each_run_has_a_gpu_of_its_own_and_nodes_have_the_same_packages(tmp_path, monkeypatch):
+    from composer_gradmatch.studies.engines import on_ray
 
     # Ray takes our word for the GPUs.
-    with cluster_of({"num_cpus": 4, "num_gpus": 2}) as (cluster, _), closing(OnRay(cluster.address, None)) as ray:
-        assert ray.slots == 2
-        runs = [Run("test", {"n": n}, {}, {"folder": str(tmp_path)}) for n in range(2)]
-        once_begun(tmp_path, 2)
-        assert [record.error for _, record in run_all(ray, begin_and_wait, runs, tmp_path / "logs")] == [""] * 2
+    with cluster_of({"num_cpus": 4, "num_gpus": 2}) as (cluster, _):
+        with monkeypatch.context() as patch:
+            patch.setattr(on_ray, "version", lambda name: "0.1.0" if name == "composer-gradmatch" else "9")
+            with pytest.raises(
+                ConfigError, match=r"mosaicml is 9 here and 0\.32\.\d on node [\d.]+\. Install the same"
+            ):
+                on_ray.OnRay(cluster.address, None)
+        with closing(on_ray.OnRay(cluster.address, None)) as ray:
+            assert ray.slots == 2
+            runs = [Run("test", {"n": n}, {}, {"folder": str(tmp_path)}) for n in range(2)]
+            once_begun(tmp_path, 2)
+            assert [record.error for _, record in run_all(ray, begin_and_wait, runs, tmp_path / "logs")] == [""] * 2
     attempts = [attempt for each in begun(tmp_path).values() for attempt in each]
     assert sorted(gpu for _, _, gpu, _ in attempts) == ["0", "1"]
     assert {threads for _, _, _, threads in attempts} == {"2"}
+
+
+@pytest.mark.slow
+def test_a_verdict_on_a_cluster(tmp_path):
+    out = tmp_path / "out"
+    command = ["verdict", DIGITS, "max_duration=1ep", "--out", str(out), "--strategies", "full", "--keep", "0.1"]
+    command += ["--margin", "0.1", "--budget", "40s", "--engine", "ray"]
+    with cluster_of({"num_cpus": 1}, {"num_cpus": 1}) as (cluster, _):
+        assert main([*command, "--address", cluster.address]) == 0
+    found = json.loads((out / "verdict.json").read_text())
+    assert found["spent_s"] <= 1.1 * 40
+    assert found["runs"] > 10
+    records = [json.loads(path.read_text()) for path in out.glob("runs/verdict-*.json")]
+    assert not any(record["error"] for record in records)
+    assert all(record["provenance"]["node"] for record in records)
+    assert "on 1 node(s) of a Ray cluster, times added up" in (out / "summary.md").read_text()
 
 
 def descendants(pid):

@@ -138,6 +138,12 @@ def test_what_is_no_address_is_told(address, tmp_path, capsys):
     assert f"--address {address}: expected HOST:PORT" in told(capsys)
 
 
+def test_a_client_of_rays_is_refused(tmp_path, capsys):
+    pytest.importorskip("ray")
+    assert study(tmp_path, "--engine", "ray", "--address", "ray://10.0.0.1:10001")[0] == 2
+    assert "Start it on a node of the cluster" in told(capsys)
+
+
 def test_a_process_goes_on_with_the_next_runs(tmp_path):
     with closing(Local(2)) as engine:
         made = [

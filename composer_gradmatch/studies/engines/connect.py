@@ -11,13 +11,19 @@ import threading
 from types import ModuleType
 from urllib.parse import urlsplit
 
-from composer_gradmatch.train.config import ConfigError
+from composer_gradmatch.train.config import ConfigError, one_line
 
 __all__ = ["connect", "import_ray"]
 
 #: How long a connection, and Ray's own greeting, may take.
 _KNOCK_SECONDS, _GREETING_SECONDS = 5, 60
-_GREET = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR')"
+_GREET = r"""
+import sys, ray
+try:
+    ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+except Exception as error:
+    sys.exit("\n" + " ".join(str(error).split()))
+"""
 
 
 def import_ray() -> ModuleType:
@@ -62,7 +68,7 @@ def connect(ray: ModuleType, address: str | None) -> bool:
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
     except Exception as error:
-        raise ConfigError(f"--engine ray: {_last_line(str(error))}") from error
+        raise ConfigError(f"--engine ray: {one_line(error)}") from error
     finally:
         if main:
             signal.signal(signal.SIGTERM, before)
@@ -78,6 +84,11 @@ def _knock(address: str) -> None:
         host = port = None
     if address in ("auto", "local"):
         return
+    if address.startswith("ray://"):
+        raise ConfigError(
+            f"--address {address}: a study is no client of Ray's. Start it on a node of the cluster, with the address "
+            "that ray start --head said."
+        )
     if host is None or port is None:
         raise ConfigError(f"--address {address}: expected HOST:PORT, where Ray listens, such as 10.0.0.1:6379.")
     try:
@@ -101,8 +112,5 @@ def _greet(address: str) -> None:
             "address that ray start --head said."
         ) from None
     if done.returncode:
-        raise ConfigError(f"--address {address}: {_last_line(done.stderr)}")
-
-
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["Ray has failed"])[-1].strip()
+        said = done.stderr.strip().splitlines() or ["Ray has failed"]
+        raise ConfigError(f"--address {address}: {said[-1]}")

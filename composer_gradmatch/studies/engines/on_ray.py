@@ -56,7 +56,8 @@ class OnRay:
             raise
         self.slots = jobs or self._cluster.slots
         at = self._ray.get_runtime_context().gcs_address
-        print(f"Ray at {at}: {self.slots} runs at a time, each with {self._share}.", file=sys.stderr, flush=True)
+        runs = "1 run at a time" if self.slots == 1 else f"{self.slots} runs at a time, each"
+        print(f"Ray at {at}: {runs} with {self._share}.", file=sys.stderr, flush=True)
 
         if len(self._cluster.kinds) > 1:
             kinds = ", ".join(sorted(self._cluster.kinds))
@@ -107,7 +108,7 @@ class OnRay:
                     "ray status says, and that its ports are open to this machine."
                 ) from None
             except self._ray.exceptions.RayError as error:
-                raise ConfigError(f"--engine ray: node {addresses[node]}: {_first_line(error)}") from error
+                raise ConfigError(f"--engine ray: node {addresses[node]}: {_lines(error)[0]}") from error
             for name, there in found.items():
                 if there != version(name):
                     raise ConfigError(
@@ -135,12 +136,12 @@ class OnRay:
             try:
                 record, printed = self._result(task, run, self._share)
             except gone as error:
-                errors.append(_first_line(error))
+                errors.append(_lines(error)[0])
                 _append(log, f"The run's worker died: {errors[-1]}\n")
                 continue
             except exceptions.RayTaskError as error:  # It did not come as far as the run.
                 _append(log, str(error))
-                return died(run, _last_line(error), time.perf_counter() - begun)
+                return died(run, _lines(error)[-1], time.perf_counter() - begun)
             _append(log, printed)
             return record
         error = (
@@ -160,8 +161,14 @@ class OnRay:
                 raise self._ray.exceptions.TaskCancelledError
             result = remote.remote(sent, pickle(run), run.key, max(1, share.cores), os.getcwd(), sys.path)
             self._begun.add(result)
+        # Not by Ray's own get, which turns a signal's exit code into another, and may wait on once all is closed.
+        future = result.future()
         try:
-            return result.future().result()  # Ray's own get turns a signal's exit code into another.
+            while not future.done():
+                futures.wait([future], timeout=1)
+                if self._closed:
+                    raise self._ray.exceptions.TaskCancelledError
+            return future.result()
         finally:
             self._begun.discard(result)
 
@@ -201,9 +208,5 @@ def _append(log: Path, text: str) -> None:
         file.write(text)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _last_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+def _lines(error: Exception) -> list[str]:
+    return str(error).strip().splitlines() or [type(error).__name__]

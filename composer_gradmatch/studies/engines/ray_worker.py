@@ -51,8 +51,7 @@ def work(
     with _printing_to(descriptor):
         own, does = cloudpickle.loads(task)
         for kind, names in own.items():
-            for registered_as, each in names.items():
-                registered(kind).setdefault(registered_as, each)
+            registered(kind).update(names)
         record = attempt(does, cloudpickle.loads(run))
     log = Path(name)
     printed = log.read_bytes()[-_PRINTED:].decode(errors="replace")
