@@ -5,6 +5,7 @@ need no Composer.
 """
 
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from composer_gradmatch.moved import redirect
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from composer_gradmatch.algorithms.random_backprop import RandomBackprop
     from composer_gradmatch.algorithms.rule_backprop import RuleBackprop
     from composer_gradmatch.algorithms.select_first import select_first
+    from composer_gradmatch.algorithms.selection_images import SelectionImages
     from composer_gradmatch.algorithms.selection_log import SelectionLog
     from composer_gradmatch.batches.sample_numbers import number_samples
     from composer_gradmatch.last_layer import last_layer_gram
@@ -35,6 +37,7 @@ __all__ = [
     "RandomBackprop",
     "Rule",
     "RuleBackprop",
+    "SelectionImages",
     "SelectionLog",
     "WholeBatch",
     "gram_omp",
@@ -56,6 +59,7 @@ _MODULES = {
     "RandomBackprop": "algorithms.random_backprop",
     "Rule": "rules.rule",
     "RuleBackprop": "algorithms.rule_backprop",
+    "SelectionImages": "algorithms.selection_images",
     "SelectionLog": "algorithms.selection_log",
     "WholeBatch": "rules.picks",
     "gram_omp": "matching",
@@ -73,6 +77,11 @@ redirect()
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        try:
+            return version("composer-gradmatch")
+        except PackageNotFoundError as error:
+            raise AttributeError(f"{__name__} is not installed, so that it has no version") from error
     if name in _FOLDERS:
         return import_module(f"{__name__}.{name}")
     if name not in _MODULES:

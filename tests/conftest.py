@@ -41,6 +41,15 @@ SLOW = (
 )
 
 
+@pytest.fixture(autouse=True)
+def no_mode_left_on():
+    """Fails a test that leaves a mode on, which would see, and slow down, whatever torch does from then on."""
+    yield
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        assert torch.overrides._get_current_function_mode_stack() == []
+
+
 @pytest.fixture
 def nothing_registered(monkeypatch):
     """Lets a test register what it likes: nothing was registered before it, and nothing is after it."""

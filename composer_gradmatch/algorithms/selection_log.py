@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from composer.callbacks import CheckpointSaver
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
-from composer.utils.file_helpers import format_name_with_dist
 
 from composer_gradmatch.algorithms.pick_counts import PickCounts
+from composer_gradmatch.algorithms.run_folder import folder_in_run
 from composer_gradmatch.algorithms.subset_backprop import SubsetBackprop
 from composer_gradmatch.candidates.stored import StoredLooks
 from composer_gradmatch.rules.candidates import Candidates
@@ -164,15 +163,7 @@ class SelectionLog(Callback):
         self._looked = None
 
     def _path(self, state: State) -> Path:
-        if self.folder is not None:
-            return Path(format_name_with_dist(self.folder, state.run_name))
-        savers = [each for each in state.callbacks if isinstance(each, CheckpointSaver)]
-        if not savers or savers[0].remote_uploader is not None:
-            raise ValueError(
-                "selection_log writes into the run's folder, but the run has no local one (save_folder). Name another "
-                "by selection_log's own folder, for instance folder='runs/{run_name}/selection_log'."
-            )
-        return Path(format_name_with_dist(savers[0].folder, state.run_name)) / "selection_log"
+        return folder_in_run(state, "selection_log", self.folder)
 
     def _write(self, state: State, counts: PickCounts, epoch: int) -> None:
         """Writes a file, on rank 0; one that is there already is replaced as a whole."""

@@ -302,8 +302,11 @@ class Selector:
         return replace(picks, indices=indices, metrics=metrics)
 
     def _measures(self) -> bool:
-        """Tells whether to compute K for the step's quality: always if the rule does, else in each tenth selection."""
-        if self.store is None or self.rule.needs == "gradients":
+        """Tells whether to compute K for the step's quality: always if the rule does, else in each tenth selection.
+
+        Beside looks at losses alone there is one only when it is time.
+        """
+        if self.store is None or self.layer is None or self.rule.needs == "gradients":
             return True
         self._unmeasured = (self._unmeasured + 1) % _EVERY
         return not self._unmeasured

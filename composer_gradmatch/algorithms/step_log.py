@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from composer.loggers import Logger
 
+from composer_gradmatch.forward.composer_private import show_beside_loss
 from composer_gradmatch.matching import effective_sample_size
 from composer_gradmatch.rules.picks import Picks
 
 __all__ = ["StepLog", "metrics_of"]
 
+#: What the progress bar shows of a step: its name there → that of the metric.
+_IN_BAR = {"keep": "fraction_kept", "step_length": "step_length"}
 #: From what mean step length on a run is warned, and after how many steps.
 _LONG, _ENOUGH_STEPS = 1.5, 20
 
@@ -57,6 +60,9 @@ class StepLog:
         #: The sum of the steps' lengths, and their number.
         self._lengths, self._steps = 0.0, 0
         self._said_long = False
+        #: What a progress bar shows, and whether that is of picks.
+        self._in_bar: dict[str, str] = {}
+        self.shows_picks = False
         self.drop()
 
     def state_dict(self) -> dict[str, Any]:
@@ -108,9 +114,23 @@ class StepLog:
             )
         self._write(logger, metrics, step)
 
+    def show_whole(self, logger: Logger) -> None:
+        """Lets a progress bar that has shown picks show that a step is trained whole, and so as long as it should be.
+
+        Args:
+            logger (Logger): The run's logger.
+        """
+        self.shows_picks, self._in_bar = False, dict.fromkeys(self._in_bar, "1.00")
+        show_beside_loss(logger, self._in_bar, at_once=False)
+
     def _write(self, logger: Logger, metrics: Mapping[str, float | torch.Tensor], step: int | None = None) -> None:
         values = {key: float(value) for key, value in metrics.items()}
         logger.log_metrics({f"{self.prefix}/{key}": value for key, value in values.items()}, step)
+        for name, key in _IN_BAR.items():
+            if math.isfinite(value := values.get(key, math.nan)):
+                self._in_bar[name] = f"{value:.2f}"
+        # A step that is over has shown its loss already.
+        self.shows_picks = show_beside_loss(logger, self._in_bar, at_once=step is not None)
         if math.isfinite(length := values.get("step_length", math.nan)):
             self._see_length(length)
 

@@ -55,6 +55,7 @@ class SubsetBackprop(Algorithm):
     Attributes:
         last_selection (Picks, optional): The picks of the last minibatch that was selected from: indices, weights
             and metrics; None if that was trained whole.
+        minibatch (Any, optional): What the picks were taken from, during their step; None at all other times.
         batches_trained_whole (int): How many could not be selected from.
 
     Raises:
@@ -97,6 +98,7 @@ class SubsetBackprop(Algorithm):
         self.ordered_first = False
         self.batches_trained_whole = 0
         self.last_selection: Picks | None = None
+        self.minibatch: Any = None
         self._owner = type(self).__name__
         self._warn_once = WarnOnce(self._owner)
         self._reader = BatchReader(input_key, target_key)
@@ -121,7 +123,7 @@ class SubsetBackprop(Algorithm):
     def _reset_fit(self, state: State) -> None:
         """Forgets what belongs to one ``fit``, in which modules may be replaced."""
         self._steps.drop()
-        self._decides = False
+        self._decides, self.minibatch = False, None
         self._rows.reset_fit()
         self._ranks.reset_fit()
         self.selector.reset_fit(state)
@@ -147,8 +149,10 @@ class SubsetBackprop(Algorithm):
         if event is Event.INIT or event is Event.FIT_START:
             return True
         if event is Event.AFTER_DATALOADER:
-            return self._numbers_samples or (
-                self._selects and (not self.selector.rehearsed or self._is_scheduled(state))
+            return (
+                self._numbers_samples
+                or self._steps.shows_picks
+                or (self._selects and (not self.selector.rehearsed or self._is_scheduled(state)))
             )
         if event is Event.BEFORE_FORWARD:
             return self._rows.has_picks or self._ranks.watches_step or self.selector.watches
@@ -190,6 +194,8 @@ class SubsetBackprop(Algorithm):
             if self.selector.store is not None:
                 state.batch, self.selector.store.numbers = self.selector.store.numbering.take(state.batch)
             self._scheduled = self._selects and self._is_scheduled(state)
+            if not self._scheduled and self._steps.shows_picks:
+                self._steps.show_whole(logger)
             if not self._selects or (self.selector.rehearsed and not self._scheduled):
                 return
             self._decides = self.selector.decides and self._scheduled
@@ -283,6 +289,7 @@ class SubsetBackprop(Algorithm):
         self.selector.begin_step(num_samples)
         # A single sample needs no selection, but a model may need all ranks in each forward pass.
         if num_picks == num_samples and not self.selector.leaves_out and not self._ranks.stay_in_step(state):
+            self._steps.show_whole(logger)
             return
         selected = self._select(state, num_samples, num_picks)
         picks = self._ranks.with_enough_samples(state, selected, num_samples)
@@ -345,13 +352,14 @@ class SubsetBackprop(Algorithm):
 
     def _train_whole(self, whole: WholeBatch, logger: Logger) -> None:
         self.batches_trained_whole += 1
+        self._steps.show_whole(logger)
         logger.log_metrics({f"{self.log_name}/batches_trained_whole": self.batches_trained_whole})
         if whole.warning is not None:
             self._warn_once(whole.warning)
 
     def _train_on(self, state: State, picks: Picks, num_samples: int) -> None:
         """Puts the picks in the batch's place."""
-        self.last_selection = picks
+        self.last_selection, self.minibatch = picks, state.batch
         with span("indexing"):
             state.batch = self._rows.pick(state.batch, picks.indices, num_samples)
         self.selector.source.serve(state, picks)
@@ -361,6 +369,7 @@ class SubsetBackprop(Algorithm):
     def _batch_end(self, state: State, logger: Logger) -> None:
         self._steps.log_late(logger)
         self._steps.drop()
+        self.minibatch = None
         if self.selector.weighting is not None:
             self.selector.weighting.end_step(state)
         if self._decides:

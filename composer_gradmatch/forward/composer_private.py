@@ -8,10 +8,19 @@ from collections.abc import Callable
 from typing import Any
 
 from composer import Trainer
+from composer.loggers import Logger, ProgressBarLogger
 from composer.utils import dist
 from torch import nn
 
-__all__ = ["check_step", "generated_run_name", "ghost_batch_size", "step_of", "unwrap_step", "wrap_step"]
+__all__ = [
+    "check_step",
+    "generated_run_name",
+    "ghost_batch_size",
+    "show_beside_loss",
+    "step_of",
+    "unwrap_step",
+    "wrap_step",
+]
 
 
 def _ghost_batch_norms() -> tuple[type[nn.Module], ...]:
@@ -82,3 +91,41 @@ def generated_run_name() -> str:
         name = f"{int(time.time())}-{random.Random().randrange(16**8):08x}"
         return dist.all_gather_object(name)[0]
     return _generate_run_name()
+
+
+#: The columns that a bar's line has where it is written to a file: Composer's 120 end behind the loss.
+_COLUMNS = 160
+
+
+def show_beside_loss(logger: Logger, values: dict[str, str], at_once: bool) -> bool:
+    """Shows values in Composer's progress bars, behind the loss, until others are shown by their names.
+
+    ``ProgressBarLogger`` shows what it is told to log only if its name has ``loss/train`` in it; what it shows is a
+    dict that it draws the bar by whenever it is told the loss. Without such a dict nothing is shown.
+
+    Args:
+        logger (Logger): The run's logger.
+        values (dict[str, str]): Each by the name to show.
+        at_once (bool): Whether to draw the bar; otherwise they are there with the next loss.
+
+    Returns:
+        bool: Whether there is a bar.
+    """
+    found = False
+    for each in logger.destinations:
+        if not isinstance(each, ProgressBarLogger):
+            continue
+        bar: Any = getattr(each, "train_pbar", None)
+        shown = getattr(bar, "metrics", None)
+        if not isinstance(shown, dict):
+            continue
+        for name, value in values.items():
+            shown.pop(name, None)  # So that it comes behind the loss, in the first step, too.
+            shown[name] = value
+        line = getattr(bar, "pbar", None)
+        if line is not None and not line.dynamic_ncols and line.ncols:
+            line.ncols = max(line.ncols, _COLUMNS)
+        if at_once:
+            each.log_to_pbar({})
+        found = True
+    return found

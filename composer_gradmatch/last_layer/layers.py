@@ -39,6 +39,14 @@ class Watch(ABC):
     def close(self) -> None:
         """Ends it; does nothing if it has not begun."""
 
+    @abstractmethod
+    def begin_pass(self) -> None:
+        """Is told of a traced forward pass before it, since hooks of the module whose forward it is do not run."""
+
+    @abstractmethod
+    def end_pass(self) -> None:
+        """Is told of it after it."""
+
     def __enter__(self) -> Watch:
         self.open()
         return self
@@ -86,13 +94,15 @@ class OutputLayer(ABC):
         """Finds its dotted name in a model."""
 
     @abstractmethod
-    def watch(self, see: See, traced: bool = False) -> Watch:
+    def watch(self, see: See, traced: bool = False, root: nn.Module | None = None) -> Watch:
         """Makes what calls ``see`` whenever the layer runs.
 
         Args:
             see (Callable): Given the inputs (..., D) and outputs (..., C).
             traced (bool, optional): Whether TorchDynamo traces the pass. Then hooks are such that it need not trace it
                 anew whenever they are registered, and see layers only that are called by position. Default: ``False``.
+            root (nn.Module, optional): The module whose forward is traced, as a function, so that its hooks do not
+                run; :meth:`Watch.begin_pass` and :meth:`Watch.end_pass` are called. Default: ``None``.
         """
 
     def rows(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -159,7 +169,7 @@ class ModuleLayer(OutputLayer):
         """Gives rows (n, D) as the module takes n samples of one position."""
         return rows
 
-    def watch(self, see: See, traced: bool = False) -> Watch:
+    def watch(self, see: See, traced: bool = False, root: nn.Module | None = None) -> Watch:
         """Watches the module's calls: see :class:`OutputLayer`."""
         return _Calls(self, see, traced)
 
@@ -287,6 +297,12 @@ class _Calls(Watch):
         if self._handle is not None:
             self._handle.remove()
         self._handle = None
+
+    def begin_pass(self) -> None:
+        """Does nothing: the layer is a module that the root calls."""
+
+    def end_pass(self) -> None:
+        """Does nothing, either."""
 
     def _traced(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         return self._hook(module, args, {}, output)

@@ -98,9 +98,9 @@ class Product(OutputLayer):
         """Tells whether another one is this and a bias."""
         return self.bias_at is None and other.adds_bias and self.key[:4] == other.key[:4]
 
-    def watch(self, see: See, traced: bool = False) -> Watch:
+    def watch(self, see: See, traced: bool = False, root: nn.Module | None = None) -> Watch:
         """Watches the functions that the caller's forward calls from the last module on: see :class:`.OutputLayer`."""
-        return _Functions(self, see, traced)
+        return _Functions(self, see, traced, root)
 
 
 def operands(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any] | None:
@@ -123,8 +123,9 @@ def operands(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
 class _Functions(Watch):
     """Sees a product by a mode in the last part of its caller's forward, since each function takes longer in it."""
 
-    def __init__(self, layer: Product, see: See, traced: bool) -> None:
+    def __init__(self, layer: Product, see: See, traced: bool, root: nn.Module | None) -> None:
         self._layer, self._mode, self._traced = layer, _Shown(layer, see), traced
+        self._is_of_root = layer.caller is root
         self._handles: list[Any] = []
         self._is_on = False
 
@@ -140,10 +141,22 @@ class _Functions(Watch):
         ]
 
     def close(self) -> None:
-        """Ends it."""
+        """Ends it, and the mode of a pass that an error has ended."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self.end_pass()
+
+    def begin_pass(self) -> None:
+        """Does what the hook of the root would: see :class:`.Watch`."""
+        if self._is_of_root and self._layer.after is None:
+            self._begin(self._layer.caller, ())
+
+    def end_pass(self) -> None:
+        """Does what the hook of the root would: see :class:`.Watch`."""
+        if self._is_on:
+            self._is_on = False
+            self._mode.__exit__(None, None, None)
 
     def _begin(self, module: nn.Module, args: Any) -> None:
         if not self._is_on:
@@ -155,9 +168,7 @@ class _Functions(Watch):
         self._begin(module, args)
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._is_on:
-            self._is_on = False
-            self._mode.__exit__(None, None, None)
+        self.end_pass()
 
 
 class _Shown(TorchFunctionMode):

@@ -12,6 +12,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+from torch import nn
 
 from composer_gradmatch.batches import map_tensors
 from composer_gradmatch.forward.torch_private import (
@@ -82,9 +83,16 @@ class CapturedForward:
         forward (Callable): The model's forward, called on a batch.
         layer (OutputLayer, optional): The layer whose inputs are watched. Default: ``None``.
         compiled (bool, optional): Whether the graphs are compiled by Inductor. Default: ``False``.
+        model (nn.Module, optional): The module whose forward it is, if its hooks do not run. Default: ``None``.
     """
 
-    def __init__(self, forward: Callable[[Any], Any], layer: OutputLayer | None = None, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        forward: Callable[[Any], Any],
+        layer: OutputLayer | None = None,
+        compiled: bool = False,
+        model: nn.Module | None = None,
+    ) -> None:
         self._forward = forward
         self._recording = Recording(compiled)
         seen: list[torch.Tensor] = []
@@ -92,7 +100,7 @@ class CapturedForward:
         # Always the same, so that Dynamo's guards of its hooks hold; and without self, which they would keep.
         self._watch = None
         if layer is not None:
-            self._watch = layer.watch(lambda inputs, output: seen.append(inputs.detach()), traced=True)
+            self._watch = layer.watch(lambda inputs, output: seen.append(inputs.detach()), True, model)
         #: Whether other sizes than the number of samples may be symbols, and whether any was in the last call.
         self.varying, self.varies = True, False
         self._shapes: list[torch.Size] = []
@@ -112,7 +120,7 @@ class CapturedForward:
         self._compiled = self._compile()
 
     def _compile(self) -> Callable[[Any, list[torch.Tensor], tuple[Any, ...], int], tuple[Any, list[torch.Tensor]]]:
-        forward, seen = self._forward, self._seen
+        forward, seen, watch = self._forward, self._seen, self._watch
 
         def traced(
             batch: Any, per_sample: list[torch.Tensor], autocast: tuple[str, torch.dtype, bool], outside: int
@@ -124,7 +132,12 @@ class CapturedForward:
                 assert len(one) == len(other)
             device, dtype, enabled = autocast
             with torch.autocast(device, dtype, enabled):
-                return forward(batch), list(seen)
+                if watch is None:
+                    return forward(batch), list(seen)
+                watch.begin_pass()
+                outputs = forward(batch)
+                watch.end_pass()
+                return outputs, list(seen)
 
         # Dynamo keeps and counts what it has compiled by code object, which all functions made here would share.
         own = FunctionType(
@@ -238,7 +251,8 @@ class CapturedForward:
                 contexts.enter_context(torch.enable_grad())
             if self._watch is not None:
                 contexts.enter_context(self._watch)
-            return guards.check({**values, "outside": outside, "forward": self._forward, "seen": self._seen})
+            closure = {"forward": self._forward, "seen": self._seen, "watch": self._watch}
+            return guards.check({**values, "outside": outside, **closure})
 
     def _varying_sizes(self, leaves: list[torch.Tensor]) -> list[tuple[torch.Tensor, int]]:
         """Gives the sizes, but the number of samples, that differ from those of an earlier batch."""

@@ -35,7 +35,7 @@ class CheckedCapture:
         layer: OutputLayer | None,
         checks: OutputChecks,
     ) -> None:
-        self._forward = CapturedForward(forward.eager, layer, forward.by_inductor)
+        self._forward = CapturedForward(forward.eager, layer, forward.by_inductor, forward.model)
         self._precision, self._checks = precision, checks
         self._recaptures = 0
 

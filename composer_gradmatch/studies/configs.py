@@ -14,11 +14,17 @@ from composer_gradmatch.train.registry import resolve
 __all__ = ["accuracy_metric", "learning_rate", "quiet", "with_label_noise", "with_synthetic_data"]
 
 
+#: Callbacks that write into the folder of a run, and of one that selects.
+_WRITING = ("selection_images", "selection_log")
+
+
 def quiet(config: dict[str, Any], run_name: str) -> dict[str, Any]:
-    """Gives a copy that writes no checkpoint and no log file, and shows no progress bar of its own."""
+    """Gives a copy that writes no checkpoint, log file or picture, and shows no progress bar of its own."""
     loggers = {name: value for name, value in (config.get("loggers") or {}).items() if name != "file"}
     dropped = ("autoresume", "save_folder", "save_interval", "save_num_checkpoints_to_keep", "save_overwrite")
     kept = {key: copy.deepcopy(value) for key, value in config.items() if key not in dropped}
+    if kept.get("callbacks"):
+        kept["callbacks"] = {name: value for name, value in kept["callbacks"].items() if name not in _WRITING}
     own = {"run_name": run_name, "loggers": loggers, "save_folder": None, "progress_bar": False}
     return {**kept, **own}
 

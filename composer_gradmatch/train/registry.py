@@ -17,6 +17,7 @@ from composer_gradmatch.algorithms.gradmatch import GradMatch
 from composer_gradmatch.algorithms.importance_backprop import ImportanceBackprop
 from composer_gradmatch.algorithms.loss_backprop import LossBackprop
 from composer_gradmatch.algorithms.random_backprop import RandomBackprop
+from composer_gradmatch.algorithms.selection_images import SelectionImages
 from composer_gradmatch.algorithms.selection_log import SelectionLog
 from composer_gradmatch.data.table import DATA_SETS
 from composer_gradmatch.models.table import MODELS
@@ -76,6 +77,7 @@ _CALLBACKS: dict[str, Factory] = {
     "oom_observer": composer_callbacks.OOMObserver,
     "optimizer_monitor": composer_callbacks.OptimizerMonitor,
     "runtime_estimator": composer_callbacks.RuntimeEstimator,
+    "selection_images": SelectionImages,
     "selection_log": SelectionLog,
     "speed_monitor": composer_callbacks.SpeedMonitor,
     "system_metrics_monitor": composer_callbacks.SystemMetricsMonitor,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from cases import BATCHNORM, CONV, MLP, loader, make_trainer
 from composer.core import Precision
 from composer.loggers import InMemoryLogger, LoggerDestination
 from no_host_sync import HostSyncError, NoHostSync
+from on_device import OnDevice
 from torch.utils.data import TensorDataset
 
 from composer_gradmatch import GradMatch
@@ -21,14 +21,6 @@ from composer_gradmatch.forward.losses import weighted_loss
 from composer_gradmatch.train.run_summary import RunSummary
 
 ON = {"start": 0.0, "end": 1.0, "interrupt": 0}
-
-
-class OnDevice(GradMatch):
-    """Chooses on the CPU as on a GPU."""
-
-    def apply(self, event, state, logger):
-        with patch("composer_gradmatch.rules.gradient_matching.decides_on_device", return_value=True):
-            super().apply(event, state, logger)
 
 
 def train(algorithm, case=MLP, data=None, **kwargs):

@@ -82,6 +82,11 @@ def test_the_log_of_who_was_picked_is_of_both_ranks(folder):
             assert not len(own) or log["mean_weight"][number] == pytest.approx(float(own.mean()), rel=1e-5)
 
 
+def test_the_first_rank_alone_draws_its_picks(folder):
+    assert sorted(path.name for path in (folder / "selection_images0").iterdir()) == ["ep1-ba1.png", "ep2-ba4.png"]
+    assert not (folder / "selection_images1").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(OTHERS)), ids=lambda number: OTHERS[number][0])
 def test_so_is_that_of_every_other_rule(folder_of_others, number):

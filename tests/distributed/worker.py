@@ -17,7 +17,14 @@ from launching import save_step
 from selecting import factory
 from torch.utils.data import DataLoader
 
-from composer_gradmatch import GradMatch, ImportanceBackprop, SelectionLog, number_samples, select_first
+from composer_gradmatch import (
+    GradMatch,
+    ImportanceBackprop,
+    SelectionImages,
+    SelectionLog,
+    number_samples,
+    select_first,
+)
 
 
 def make_step(folder, name, microbatch_size, shorter):
@@ -66,7 +73,7 @@ def store(folder):
 
 
 def log_picks(folder):
-    """The log of two epochs, and what each rank has trained on: the first input of each sample, and its weight."""
+    """The log of two epochs, pictures, and what each rank has trained on: a sample's first input, and its weight."""
     dataset, trained = number_samples(CONV.data(25)), []  # One sample is there twice, to fill the ranks up.
     algorithm = GradMatch(start=0.0, end=1.0, keep=0.5, interrupt=2, refresh="1ep")
 
@@ -76,9 +83,10 @@ def log_picks(folder):
         trained.append((int(state.timestamp.epoch), state.batch[0][:, 0, 0, 0], weights))
 
     train = DataLoader(dataset, 5, sampler=dist.get_sampler(dataset, shuffle=True), collate_fn=dataset.collate_fn)
-    log = SelectionLog(str(folder / "selection_log"))
+    images = SelectionImages(folder=str(folder / f"selection_images{dist.get_global_rank()}"))
+    callbacks = [SelectionLog(str(folder / "selection_log")), images]
     make_trainer(
-        CONV.model(), train, [algorithm, On(Event.BEFORE_TRAIN_BATCH, note)], max_duration="2ep", callbacks=[log]
+        CONV.model(), train, [algorithm, On(Event.BEFORE_TRAIN_BATCH, note)], max_duration="2ep", callbacks=callbacks
     ).fit()
     torch.save(trained, folder / f"trained{dist.get_global_rank()}.pt")
 

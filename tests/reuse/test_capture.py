@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from composer_gradmatch.last_layer import LinearLayer
+from composer_gradmatch.last_layer.product import Product
 from composer_gradmatch.reuse.capture import CapturedForward
 from composer_gradmatch.reuse.layout import Layout
 from composer_gradmatch.reuse.unsupported import UnsupportedError
@@ -30,6 +31,30 @@ def test_a_hook_that_comes_later_is_run():
     graphs.append(forward((inputs, targets), M).run.graphs)
     assert len(set(map(id, graphs))) == 1, "our own hook on the layer is no reason to capture anew"
     assert captured.run.graphs is not graphs[0]
+
+
+class Multiplied(nn.Module):
+    """A head that is a product of the root's own, of what a module has computed or of the inputs."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body, self.out = body, nn.Parameter(torch.randn(12, CLASSES))
+
+    def forward(self, inputs):
+        return (inputs if self.body is None else self.body(inputs)) @ self.out
+
+
+@pytest.mark.parametrize("body", [nn.Linear(12, 12), None], ids=["after a module", "of the inputs"])
+def test_a_product_of_the_root_is_seen_though_its_hooks_do_not_run(body):
+    model, inputs = Multiplied(body), torch.randn(M, 12)
+    layer = Product(model, "out", transposed=True, caller=model, after=body)
+    forward = CapturedForward(model.forward, layer, model=model)
+    passes = [forward(inputs, M) for _ in range(3)]
+    assert len({id(each.run.graphs) for each in passes}) == 1
+    for each in passes:
+        torch.testing.assert_close(each.inputs, inputs if body is None else body(inputs).detach())
+        torch.testing.assert_close(each.outputs, model(inputs).detach())
+        assert each.holds()
 
 
 def test_graphs_do_not_outlive_what_captured_them():

@@ -14,7 +14,7 @@ from composer_gradmatch.data import NoisyLabels, digits
 from composer_gradmatch.rules import gradient_matching
 from composer_gradmatch.spans import SpanRecorder, span
 from composer_gradmatch.studies.accuracy.plan import plan_accuracy
-from composer_gradmatch.studies.configs import with_synthetic_data
+from composer_gradmatch.studies.configs import quiet, with_synthetic_data
 from composer_gradmatch.studies.gradient_error.measure import GradientErrors, gradient_error
 from composer_gradmatch.studies.gradient_error.plan import plan_gradient_error
 from composer_gradmatch.studies.interleave import Variant, fit_interleaved
@@ -280,3 +280,10 @@ def test_spans_add_up_only_while_somebody_records():
     with span("c"):
         pass
     assert "c" not in recorder.seconds
+
+
+def test_callbacks_that_write_into_a_runs_folder_are_left_out():
+    given = config("callbacks.selection_images={}", "callbacks.selection_log={folder: x}")
+    assert quiet(given, "run")["callbacks"].keys() == {"speed_monitor"}
+    assert given["callbacks"].keys() == {"speed_monitor", "selection_images", "selection_log"}
+    assert "callbacks" not in quiet({key: value for key, value in given.items() if key != "callbacks"}, "run")
