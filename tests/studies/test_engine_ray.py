@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,9 @@ def test_a_node_that_dies_costs_only_its_run_which_is_made_again(tmp_path, nothi
         assert trained.error == ""
         assert trained.details["accuracies"] == here[1]["accuracies"]
         assert trained.rows[0]["steps"] == here[0][0]["steps"] == 4
+
+        with pytest.raises(ConfigError, match=r"what makes the runs cannot be sent to other machines: .*lock"):
+            ray.do(partial(print, threading.Lock()), run, logs)
 
         dead, other = (node.node_id for node in nodes)
         once_begun(tmp_path, 2, lambda: cluster.remove_node(nodes[0], allow_graceful=False))

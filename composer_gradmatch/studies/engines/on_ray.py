@@ -58,13 +58,9 @@ class OnRay:
         at = self._ray.get_runtime_context().gcs_address
         runs = "1 run at a time" if self.slots == 1 else f"{self.slots} runs at a time, each"
         print(f"Ray at {at}: {runs} with {self._share}.", file=sys.stderr, flush=True)
-
         if len(self._cluster.kinds) > 1:
             kinds = ", ".join(sorted(self._cluster.kinds))
-            print(
-                f"Its GPUs are of several kinds ({kinds}): measured costs tell these apart, too.",
-                file=sys.stderr,
-            )
+            print(f"Its GPUs are of several kinds ({kinds}): measured costs tell these apart, too.", file=sys.stderr)
 
         # By value, so that the clock runs before a fresh process imports torch and Composer.
         def work(*arguments: Any) -> Any:
