@@ -11,6 +11,7 @@ import threading
 import time
 from contextlib import closing, contextmanager, suppress
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -155,7 +156,7 @@ def test_each_run_has_a_gpu_of_its_own_and_nodes_have_the_same_packages(tmp_path
     # Ray takes our word for the GPUs.
     with cluster_of({"num_cpus": 4, "num_gpus": 2}) as (cluster, _):
         with monkeypatch.context() as patch:
-            patch.setattr(on_ray, "version", lambda name: "0.1.0" if name == "composer-gradmatch" else "9")
+            patch.setattr(on_ray, "version", lambda name: "9" if name == "mosaicml" else version(name))
             with pytest.raises(ConfigError, match=r"mosaicml is 9 here and 0\.32\.\d on node [\d.]+\. Install"):
                 on_ray.OnRay(cluster.address, None)
         with closing(on_ray.OnRay(cluster.address, None)) as ray:
