@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import tempfile
@@ -202,10 +201,8 @@ def test_a_study_on_ray_told_to_stop_stops_at_once(how, tmp_path):
     out, temporary = tmp_path / "out", Path(tempfile.gettempdir())
     save_timing(out, "100000ep")
     before = set(temporary.glob("accuracy-*.log"))
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    process = subprocess.Popen(
-        [*study(out, "100000ep"), "--engine", "ray"], stderr=subprocess.PIPE, text=True, env=environment
-    )
+    command = [*study(out, "100000ep"), "--engine", "ray", "--address", "local"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         logs = until(lambda: process.poll() is not None or set(temporary.glob("accuracy-*.log")) - before)
         assert process.poll() is None, process.communicate()[1]

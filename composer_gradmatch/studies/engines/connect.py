@@ -59,7 +59,8 @@ def connect(ray: ModuleType, address: str | None) -> bool:
         if address not in (None, "auto", held):
             raise ConfigError(f"--address {address}: this process is connected with Ray at {held} already.")
         return False
-    if asked := address or os.environ.get("RAY_ADDRESS"):
+    asked = address or os.environ.get("RAY_ADDRESS")
+    if asked and asked not in ("auto", "local"):  # By these, Ray looks on this machine alone.
         _knock(asked)
         _greet(asked)
     # It takes SIGTERM for itself, which is to end the study as it does without Ray.
@@ -82,8 +83,6 @@ def _knock(address: str) -> None:
         host, port = parts.hostname, parts.port
     except ValueError:
         host = port = None
-    if address in ("auto", "local"):
-        return
     if address.startswith("ray://"):
         raise ConfigError(
             f"--address {address}: a study is no client of Ray's. Start it on a node of the cluster, with the address "
