@@ -17,6 +17,7 @@ settings.load_profile("deterministic")
 SLOW = (
     "test_capture.py::test_lengths_that_vary_are_captured_twice[encoder, positions first]",
     "test_configs.py::test_texts_train_on_everything_and_on_random_picks",
+    "test_engine_ray.py::test_a_study_on_ray_told_to_stop_stops_at_once[15]",
     "test_heads.py::test_what_is_picked_and_trained_is_what_an_nn_linear_picks_and_trains[one pass-Multiplied]",
     "test_in_place.py::test_relus_and_sums_are_computed_in_place[ResNet-18, GroupNorm]",
     "test_layout.py::test_rounding_does_not_add_up_in_deep_networks",

@@ -141,11 +141,19 @@ def yaml_problems(text: str) -> list[str]:
     problems = []
     for block in blocks(text):
         if block.language == "yaml":
+            if _job(block):
+                continue
             config = yaml.safe_load(block.code)
             if "max_duration" not in config:
                 config = {**load_config(ROOT / "configs/digits.yaml"), **config}
             problems += [f"line {block.line}: {problem}" for problem in config_problems(config)]
     return problems
+
+
+def _job(block: Block) -> dict[str, Any] | None:
+    """The job for a cluster that a YAML block describes, whose command is a promise, too; None if it is a config."""
+    held = yaml.safe_load(block.code)
+    return held if held.get("kind") == "RayJob" else None
 
 
 def config_problems(config: dict[str, Any]) -> list[str]:
@@ -179,6 +187,7 @@ def command_problems(text: str) -> list[str]:
     whole = r"\S*/bin/|pip install|python -m composer_gradmatch|composer .*-m |pytest "
     inline = [code for code in inline_code(text) if re.match(whole, code)]
     code = [block.code for block in blocks(text) if block.language == "bash"] + inline
+    code += [job["spec"]["entrypoint"] for block in blocks(text) if block.language == "yaml" if (job := _job(block))]
     return [f"{shlex.join(words)}: {problem}" for each in code for words in commands(each) for problem in _tried(words)]
 
 
@@ -245,6 +254,13 @@ def _launched(arguments: list[str]) -> list[str]:
     return _MODULES[parsed[0].training_script](parsed[0].training_script_args)
 
 
+def _on_cluster(arguments: list[str]) -> list[str]:
+    """What Slurm starts everywhere, and Ray's own launcher then once."""
+    if "symmetric-run" not in arguments or "--" not in arguments:
+        return ["expected ray symmetric-run ... -- and a command"]
+    return _tried(arguments[arguments.index("--") + 1 :])
+
+
 def _installed(arguments: list[str]) -> list[str]:
     requirements = [word for word in arguments[1:] if word not in ("-e", "--quiet")]
     local = [re.fullmatch(r"\.(?:\[([\w,]+)\])?", word) for word in requirements if word.startswith(".")]
@@ -283,6 +299,7 @@ _PROGRAMS: dict[str, Callable[[list[str]], list[str]]] = {
     "pip": _installed,
     "pytest": _tested,
     "bash": _file_there,
+    "srun": _on_cluster,
     "python3": lambda words: [] if words == ["-m", "venv", ".venv"] else ["only makes the environment"],
     "ruff": lambda words: _file_there(words[1:] if words[0] in ("check", "format") else words),
     "pyright": _file_there,

@@ -168,6 +168,9 @@ TRAIN, STUDY = "python -m composer_gradmatch.train", "python -m composer_gradmat
         (bash("pytest tests/all"), "there is no tests/all"),
         (bash("pytest -k no-such-name"), "in its name"),
         (bash("bash .ci/walk"), "there is no .ci/walk"),
+        (bash(f"srun ray symmetric-run --address a:6379 -- {STUDY} accuracy configs/digits.yaml"), "required: --out"),
+        (bash(f"srun {STUDY} accuracy configs/digits.yaml --out x"), "expected ray symmetric-run"),
+        (f"```yaml\nkind: RayJob\nspec:\n  entrypoint: {STUDY} accuracy configs/digits.yaml\n```\n", "required: --out"),
         (f"Run `{TRAIN} configs/digit.yaml` once.", "There is no config file"),
     ],
 )

@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": set(),
     "data": {"models"},
     "train": {"algorithms", "batches", "data", "forward", "models", "registered", "rules"},
-    "studies": {"algorithms", "batches", "data", "forward", "last_layer", "rules", "spans", "train"},
+    "studies": {"algorithms", "batches", "data", "forward", "last_layer", "registered", "rules", "spans", "train"},
     "benchmarks": {"algorithms", "candidates", "data", "forward", "last_layer", "matching", "models", "rules", "train"},
 }
 MAY_IMPORT = {folder: {folder, *others} for folder, others in MAY_IMPORT.items()}

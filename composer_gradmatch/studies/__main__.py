@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from composer_gradmatch.studies import picks
-from composer_gradmatch.studies.options import fraction
+from composer_gradmatch.studies.options import add_engine, fraction
 from composer_gradmatch.studies.registry import STUDIES
 from composer_gradmatch.studies.strategies import all_strategies
 from composer_gradmatch.studies.study import Study
@@ -65,6 +65,7 @@ def _add_shared(parser: argparse.ArgumentParser, study: Study) -> None:
         help=f"fractions of the minibatch; default: {' '.join(map(str, study.keeps))}",
     )
     add_register(parser)
+    add_engine(parser)
     parser.add_argument("--retry-failed", action="store_true", help="make runs that failed once more")
 
 

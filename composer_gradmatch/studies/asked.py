@@ -41,6 +41,8 @@ def verdict(
     algorithms: dict[str, Any] | None = None,
     version: str = "",
     retry_failed: bool = False,
+    engine: Literal["local", "ray"] = "local",
+    address: str | None = None,
 ) -> Result:
     """Finds out what to switch on and what it saves, within a budget of time.
 
@@ -49,9 +51,9 @@ def verdict(
     Args:
         make (str | Path | dict | Callable): The path of a config, a config, or a function that returns a Trainer's
             keyword arguments as a dict, with at least ``model``, ``train_dataloader``, ``eval_dataloader``,
-            ``optimizers`` and ``max_duration``. It is called for each run, in this process, with a learning rate
-            ``lr`` and, if it takes one, the ``seed``, and makes all of them anew. The default of ``lr`` is the rate
-            around which others are tried. Selection is the study's to add.
+            ``optimizers`` and ``max_duration``. It is called for each run, in this process or, with Ray, in a
+            worker's, with a learning rate ``lr`` and, if it takes one, the ``seed``, and makes all of them anew. The
+            default of ``lr`` is the rate around which others are tried. Selection is the study's to add.
         out (str | Path): The folder for results.
         budget (str | float): The time for all of it: ``"2h"``, ``"1h30m"``, or seconds.
         strategies (Sequence[str], optional): See the table of studies. Default: full, random, gradmatch, loss.
@@ -68,6 +70,10 @@ def verdict(
         version (str, optional): With a function, a name for what it uses, such as its data: a folder of results
             belongs to one version, and to one source of the function. Default: ``""``.
         retry_failed (bool, optional): Whether runs that failed are made once more. Default: ``False``.
+        engine (str, optional): Where runs are made: ``"local"``, on this machine, or ``"ray"``, on a Ray cluster, whose
+            workers are sent the function if there is one. Default: ``"local"``.
+        address (str, optional): With Ray, where it listens, ``"HOST:PORT"``. Default: ``RAY_ADDRESS``, or the cluster
+            that this machine is a node of, or one that is started of this machine alone.
 
     Returns:
         Result: Its ``answer``, ``frame``, ``summary`` and ``figures``.
@@ -85,6 +91,7 @@ def verdict(
         "metric": metric,
     }
     shared = {"strategies": strategies, "keep": keep, "retry_failed": retry_failed}
+    shared |= {"engine": engine, "address": address}
     return _ask("verdict", make, out, algorithms, version, varies_rate=True, **shared, **options)
 
 
@@ -95,7 +102,7 @@ def accuracy(
     strategies: Sequence[str] = ("gradmatch", "loss", "random", "full"),
     keep: Sequence[float] = (0.05, 0.1, 0.3, 0.5),
     seeds: int = 3,
-    jobs: int = 1,
+    jobs: int | None = None,
     label_noise: float = 0.0,
     batch_size: Literal["fixed", "scaled"] = "fixed",
     tune: bool = False,
@@ -105,6 +112,8 @@ def accuracy(
     algorithms: dict[str, Any] | None = None,
     version: str = "",
     retry_failed: bool = False,
+    engine: Literal["local", "ray"] = "local",
+    address: str | None = None,
 ) -> Result:
     """Compares test accuracies at equal keep and at equal cost.
 
@@ -116,7 +125,8 @@ def accuracy(
         strategies (Sequence[str], optional): Default: gradmatch, loss, random, full.
         keep (Sequence[float], optional): Fractions of the minibatch. Default: ``(0.05, 0.1, 0.3, 0.5)``.
         seeds (int, optional): Seeds 0 to N-1. Default: ``3``.
-        jobs (int, optional): Runs at a time, in processes; 1 with a function. Default: ``1``.
+        jobs (int, optional): Runs at a time. Default: 1; with Ray, one for each GPU, or for each node where there are
+            none.
         label_noise (float, optional): The part of the training set with random labels. Default: ``0.0``.
         batch_size (str, optional): ``"fixed"``: forward M samples whatever is kept; ``"scaled"``: M/keep.
             Default: ``"fixed"``.
@@ -128,6 +138,10 @@ def accuracy(
         algorithms (dict[str, Any], optional): See :func:`verdict`. Default: ``None``.
         version (str, optional): See :func:`verdict`. Default: ``""``.
         retry_failed (bool, optional): Whether runs that failed are made once more. Default: ``False``.
+        engine (str, optional): Where runs are made: ``"local"``, on this machine, or ``"ray"``, on a Ray cluster, whose
+            workers are sent the function if there is one. Default: ``"local"``.
+        address (str, optional): With Ray, where it listens, ``"HOST:PORT"``. Default: ``RAY_ADDRESS``, or the cluster
+            that this machine is a node of, or one that is started of this machine alone.
 
     Returns:
         Result: Its ``answer``, ``frame``, ``summary`` and ``figures``.
@@ -137,11 +151,14 @@ def accuracy(
     """
     if batch_size not in ("fixed", "scaled"):
         raise ConfigError(f"batch_size: expected 'fixed' or 'scaled', got {batch_size!r}")
-    if callable(make) and jobs != 1:
-        raise ConfigError(f"jobs: a function's runs are made in this process, one at a time; got {jobs!r}. Leave it 1.")
+    if callable(make) and engine == "local" and jobs not in (None, 1):
+        raise ConfigError(
+            f"jobs: a function's runs are made in this process, one at a time; got {jobs!r}. Leave it out, or give "
+            "engine='ray'."
+        )
     options = {
         "seeds": _checked("seeds", positive, seeds),
-        "jobs": _checked("jobs", positive, jobs),
+        "jobs": None if jobs is None else _checked("jobs", positive, jobs),
         "label_noise": _checked("label_noise", noise, label_noise),
         "batch_size": batch_size,
         "tune": tune,
@@ -150,6 +167,7 @@ def accuracy(
         "rounds": _checked("rounds", positive, rounds),
     }
     shared = {"strategies": strategies, "keep": keep, "retry_failed": retry_failed}
+    shared |= {"engine": engine, "address": address}
     return _ask("accuracy", make, out, algorithms, version, varies_rate=tune, **shared, **options)
 
 
@@ -201,7 +219,8 @@ def _ask(
                 raise ConfigError("algorithms, version: they go with a function; a config has its own algorithms.")
             else:
                 config, name = (make, "config") if isinstance(make, dict) else (load_config(make), Path(make).stem)
-                _refuse_unguarded_script()
+                if options["engine"] == "local":
+                    _refuse_unguarded_script()
             figures = stack.enter_context(collecting())
             cells = {"strategies": list(dict.fromkeys(strategies)), "keep": list(dict.fromkeys(keeps))}
             make_study(config, name, study, Path(out), **cells, **options)

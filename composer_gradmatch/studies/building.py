@@ -23,7 +23,7 @@ MAKE = "make"
 class Builder(Protocol):
     """Builds what a study needs of its configs; whatever it refuses is a :class:`.ConfigError`."""
 
-    #: Whether it can build in this process alone, as worker processes cannot be sent what it builds by.
+    #: Whether this process alone has what it builds by, so that others must be sent the builder.
     here: bool
 
     def check(self, config: dict[str, Any]) -> None:
@@ -116,9 +116,13 @@ def builder_of(config: dict[str, Any]) -> Builder:
 @contextmanager
 def built_by(builder: Builder, config: dict[str, Any]) -> Iterator[None]:
     """Has a builder build a config, and all that are made of it, within."""
-    key = str(config[MAKE])
+    key = str(config.get(MAKE))
+    before = _built_by.get(key)
     _built_by[key] = builder
     try:
         yield
     finally:
-        del _built_by[key]
+        if before is None:
+            del _built_by[key]
+        else:
+            _built_by[key] = before

@@ -7,7 +7,10 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from composer_gradmatch.studies.engines import ENGINES
+
 __all__ = [
+    "add_engine",
     "add_label_noise",
     "add_metric",
     "add_rounds",
@@ -51,10 +54,30 @@ factor = _number(float, lambda value: 0 < value < float("inf"), "a positive numb
 noise = _number(float, lambda value: 0 <= value <= 1, "a fraction in [0, 1]")
 
 
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """Adds where runs are made."""
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="local",
+        help="make runs in processes of this machine, or on a Ray cluster; default: local",
+    )
+    parser.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="with --engine ray, where Ray listens; default: RAY_ADDRESS, or else the cluster that this machine is a "
+        "node of, or one that is started on this machine alone",
+    )
+
+
 def add_seeds(parser: argparse.ArgumentParser) -> None:
-    """Adds what studies with several runs have: their seeds, processes and label noise."""
+    """Adds what studies with several runs have: their seeds, how many run at a time, and label noise."""
     parser.add_argument("--seeds", type=positive, default=3, help="seeds 0 to N-1; default: 3")
-    parser.add_argument("--jobs", type=positive, default=1, help="runs at a time, in processes; default: 1")
+    parser.add_argument(
+        "--jobs",
+        type=positive,
+        help="runs at a time; default: 1, with --engine ray one for each GPU, or for each node where there are none",
+    )
     add_label_noise(parser)
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from composer_gradmatch.studies.building import builder_of
+from composer_gradmatch.studies.engines.engine import Engine, open_engine, run_all
 from composer_gradmatch.studies.planning import check_study, identity
-from composer_gradmatch.studies.pool import run_all
 from composer_gradmatch.studies.registry import STUDIES
 from composer_gradmatch.studies.report import write_report
 from composer_gradmatch.studies.store import Run, Store
@@ -35,7 +36,9 @@ def make_study(
     strategies: Sequence[str],
     keep: Sequence[float],
     retry_failed: bool = False,
-    jobs: int = 1,
+    engine: str = "local",
+    address: str | None = None,
+    jobs: int | None = None,
     command: str = "",
     **options: Any,
 ) -> int:
@@ -49,7 +52,10 @@ def make_study(
         strategies (Sequence[str]): Names of :func:`.all_strategies`.
         keep (Sequence[float]): Fractions to keep.
         retry_failed (bool, optional): Whether runs that failed are made once more. Default: ``False``.
-        jobs (int, optional): Runs at a time. Default: ``1``.
+        engine (str, optional): Where runs are made: ``"local"``, in processes of this machine, or ``"ray"``.
+            Default: ``"local"``.
+        address (str, optional): Where Ray listens; see :func:`.connect`. Default: ``None``.
+        jobs (int, optional): Runs at a time. Default: one, or with Ray what the cluster has room for.
         command (str, optional): How this was asked for, for the report. Default: ``""``.
         options: The study's own; see the command line.
 
@@ -59,30 +65,32 @@ def make_study(
     Raises:
         ConfigError: If the study cannot be run.
     """
-    builder_of(config).check(config)
-    plan = STUDIES[study].load().plan(config, strategies, keep, **options)
-    check_study(config, plan.runs)
-    store = Store(out, identity(study, config, **plan.shared))
-    try:
+    builder = builder_of(config)
+    builder.check(config)
+    with ExitStack() as stack:
+        # Before the plan, which reads the data: whether a cluster is there is known sooner.
+        makes = stack.enter_context(open_engine(engine, address, jobs, builder.here))
+        plan = STUDIES[study].load().plan(config, strategies, keep, **options)
+        check_study(config, plan.runs)
+        store = stack.enter_context(closing(Store(out, identity(study, config, **plan.shared))))
         for run in plan.alone:
-            _make(store, [run], 1, retry_failed)
-        _make(store, plan.runs if plan.adapt is None else plan.adapt(store, retry_failed), jobs, retry_failed)
+            _make(store, makes, [run], retry_failed)
+        runs = plan.runs if plan.adapt is None else plan.adapt(store, makes, retry_failed)
+        _make(store, makes, runs, retry_failed)
         write_report(store, study, name, command)
         return sum(not record.error for record in store.records(study))
-    finally:
-        store.close()
 
 
-def _make(store: Store, runs: Sequence[Run], jobs: int, retry_failed: bool) -> None:
+def _make(store: Store, engine: Engine, runs: Sequence[Run], retry_failed: bool) -> None:
     """Makes the missing ones among runs of one kind."""
     if not runs:
         return
     study = STUDIES[runs[0].kind]
     missing = [run for run in runs if not store.has(run, retry_failed)]
     label = {"total": len(runs), "initial": len(runs) - len(missing), "desc": study.name}
-    here = builder_of(runs[0].config).here
+    task = for_workers(study.task, builder_of(runs[0].config))
     with tqdm(**label, unit="run", dynamic_ncols=True) as bar:
-        for run, record in run_all(for_workers(study.task), missing, jobs, store.folder / "logs", here):
+        for run, record in run_all(engine, task, missing, store.folder / "logs"):
             store.save(run, record)
             if record.error:
                 bar.write(f"{run.key} failed: {record.error}")

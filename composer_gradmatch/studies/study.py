@@ -9,6 +9,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from composer_gradmatch.studies.engines.engine import Engine
     from composer_gradmatch.studies.store import Run, Store
 
 __all__ = ["Parts", "Plan", "Study"]
@@ -68,12 +69,12 @@ class Plan:
         shared (dict[str, Any]): The options that all of them share: they tell the study's folder from others.
         alone (list[Run], optional): To be made first and one by one, on a machine that does nothing else; each is of
             the study that its kind names. Default: ``[]``.
-        adapt (Callable, optional): ``adapt(store, retry_failed)``: for a study that decides what to run by what came
-            out; called once those alone are made. It makes what it needs, and returns the runs to be made in the place
-            of ``runs``, which are then there to be checked only. Default: ``None``.
+        adapt (Callable, optional): ``adapt(store, engine, retry_failed)``: for a study that decides what to run by what
+            came out; called once those alone are made. It makes what it needs, and returns the runs to be made in the
+            place of ``runs``, which are then there to be checked only. Default: ``None``.
     """
 
     runs: list[Run]
     shared: dict[str, Any]
     alone: list[Run] = field(default_factory=list)
-    adapt: Callable[[Store, bool], Sequence[Run]] | None = None
+    adapt: Callable[[Store, Engine, bool], Sequence[Run]] | None = None

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import hashlib
 import importlib.util
+import shutil
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,10 +21,12 @@ from composer_gradmatch.train.config import ConfigError, nearest, one_line
 from composer_gradmatch.train.refusals import mark_as_users
 from composer_gradmatch.train.registry import clashes
 
-__all__ = ["add_register", "load_files", "loaded_files", "take_register"]
+__all__ = ["add_register", "file_contents", "load_contents", "load_files", "loaded_files", "take_register"]
 
-#: The files that were run in this process, each with the SHA-256 of its contents.
-_loaded: dict[Path, str] = {}
+#: The files that were run in this process, each with its contents.
+_loaded: dict[Path, bytes] = {}
+#: Files of other machines, each with its copy here.
+_copies: dict[Path, Path] = {}
 
 
 def add_register(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +57,11 @@ def take_register(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def loaded_files() -> Mapping[Path, str]:
     """Tells which files were run, and the SHA-256 of what they held."""
+    return {file: hashlib.sha256(contents).hexdigest() for file, contents in _loaded.items()}
+
+
+def file_contents() -> Mapping[Path, bytes]:
+    """Gives the files that were run with what they held, for :func:`load_contents` in another process."""
     return dict(_loaded)
 
 
@@ -70,10 +80,37 @@ def load_files(paths: Iterable[str | Path]) -> None:
             _load(path)
 
 
+def load_contents(files: Mapping[Path, bytes]) -> None:
+    """Runs files as another process has run them.
+
+    Args:
+        files (Mapping[Path, bytes]): What they held. On a machine that has no such file it is run from a copy, without
+            what lies beside it.
+
+    Raises:
+        ConfigError: If a file has changed since.
+    """
+    for file, contents in files.items():
+        here = _copies.get(file, file)
+        if here not in _loaded and not here.is_file():
+            here = _copies[file] = _copy(file.name, contents)
+        load_files([here])
+        if _loaded[here.resolve()] != contents:
+            raise ConfigError(f"--register: {file} has changed since the study was started. Start it again.")
+
+
+def _copy(name: str, contents: bytes) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="composer_gradmatch-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = folder / name
+    path.write_bytes(contents)
+    return path
+
+
 def _load(path: Path) -> None:
     before = {kind: dict(registered(kind)) for kind in KINDS}
     module, file = _module(path), path.resolve()
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    contents = file.read_bytes()
     folder = str(file.parent)
     if folder not in sys.path:
         sys.path.append(folder)  # Behind all others: for what lies beside the file, and for workers of data loaders.
@@ -92,7 +129,7 @@ def _load(path: Path) -> None:
         if isinstance(error, ConfigError | KeyboardInterrupt):
             raise
         raise ConfigError(f"{path}:{_line(error, file)}: {one_line(error)}") from error
-    _loaded[file] = digest
+    _loaded[file] = contents
 
 
 def _module(path: Path) -> ModuleType:

@@ -46,9 +46,11 @@ class MadeUp:
         return Outcome(tuple(last * step**0.1 for step in steps), tuple(seconds * step for step in steps), seconds)
 
 
-def ask(training, budget=1e6, margin=0.005, spent=0.0, source=None, tell=None, recorded=lambda trial: False, **changes):
+def ask(training, budget=1e6, margin=0.005, spent=0.0, source=None, tell=None, recorded=None, expect=None, **changes):
     """Conducts a verdict on a made-up training."""
     cells = tuple(cell for cell in training.offsets if cell != FULL)
     question = Question(cells, 0.1, margin, 0.95, training.samples, **changes)
-    ledger = Ledger(source or training, budget, lambda cell: training.offsets[cell][1], SECONDS, spent, tell, recorded)
+    recorded = recorded or (lambda trial: False)
+    guess = lambda cell: training.offsets[cell][1]  # noqa: E731
+    ledger = Ledger(source or training, budget, guess, SECONDS, spent, tell, recorded, expect)
     return conduct(question, ledger)

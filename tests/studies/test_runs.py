@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,9 @@ from tasks_for_workers import behave
 
 from composer_gradmatch.studies.__main__ import main
 from composer_gradmatch.studies.accuracy.plan import plan_accuracy, scaled_batch_size
+from composer_gradmatch.studies.engines.engine import run_all
+from composer_gradmatch.studies.engines.local import Local
 from composer_gradmatch.studies.planning import identity
-from composer_gradmatch.studies.pool import run_all
 from composer_gradmatch.studies.store import Record, Run, Store, write_atomically
 from composer_gradmatch.train.builders import build_algorithms
 from composer_gradmatch.train.config import ConfigError, load_config
@@ -37,7 +39,8 @@ def record(run, error="", **row):
 
 def test_a_failing_and_a_dying_run_are_recorded_and_the_others_go_on(tmp_path):
     runs = [Run("test", {"how": how, "n": i}, {}) for i, how in enumerate(["fine", "fail", "fine", "die", "fine"])]
-    records = {run.key: record for run, record in run_all(behave, runs, 2, tmp_path)}
+    with closing(Local(2)) as engine:
+        records = {run.key: record for run, record in run_all(engine, behave, runs, tmp_path)}
     by_run = [records[run.key] for run in runs]
     assert [r.rows for r in by_run] == [[{"answer": 42}], [], [{"answer": 42}], [], [{"answer": 42}]]
     assert by_run[1].error == "ValueError: as told"

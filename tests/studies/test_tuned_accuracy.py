@@ -11,18 +11,22 @@ from made_up_results import PROVENANCE, costs, line
 from composer_gradmatch.studies.accuracy.plan import plan_accuracy
 from composer_gradmatch.studies.report import write_report
 from composer_gradmatch.studies.store import Record, Run
-from composer_gradmatch.studies.verdict import source
 from composer_gradmatch.train.config import ConfigError, load_config
 
 DIGITS = Path(__file__).resolve().parents[2] / "configs" / "digits.yaml"
 BEST = {"full": 0.05, "random": 0.1}
 
 
-class MadeUpWorker:
+class MadeUpEngine:
     """Makes runs that are the better, the nearer their rate is to the strategy's best."""
+
+    slots = 1
 
     def __init__(self):
         self.runs = []
+
+    def prepare(self, at_once):
+        assert at_once == 1
 
     def do(self, task, run, logs):
         self.runs.append(run)
@@ -34,31 +38,30 @@ class MadeUpWorker:
         pass
 
 
-def test_each_strategy_is_trained_at_the_rate_that_the_validation_part_chose(store, monkeypatch):
-    worker = MadeUpWorker()
-    monkeypatch.setattr(source, "workers", lambda jobs: [worker])
+def test_each_strategy_is_trained_at_the_rate_that_the_validation_part_chose(store):
+    engine = MadeUpEngine()
     plan = plan_accuracy(load_config(DIGITS), ["random", "full"], [0.3], seeds=2, tune=True, validation=0.2)
     assert plan.shared["tuned on"] == 0.2
     assert plan.adapt is not None
-    runs = plan.adapt(store, False)
+    runs = plan.adapt(store, engine, False)
     assert [(run.settings["strategy"], run.settings["rate"], run.config["optimizer"]["lr"]) for run in runs] == [
         ("random", 0.1, 0.1),
         ("full", 0.05, 0.05),
     ] * 2
     assert all("validation" not in run.config["train_loader"] for run in runs)
-    assert {run.kind for run in worker.runs} == {"tuning"}
-    assert all(run.config["train_loader"]["validation"]["fraction"] == 0.2 for run in worker.runs)
-    efforts = [sum(run.settings["strategy"] == name for run in worker.runs) for name in BEST]
+    assert {run.kind for run in engine.runs} == {"tuning"}
+    assert all(run.config["train_loader"]["validation"]["fraction"] == 0.2 for run in engine.runs)
+    efforts = [sum(run.settings["strategy"] == name for run in engine.runs) for name in BEST]
     assert efforts[0] == efforts[1] == 12
-    made = len(worker.runs)
-    assert [run.settings for run in plan.adapt(store, False)] == [run.settings for run in runs]
-    assert len(worker.runs) == made
+    made = len(engine.runs)
+    assert [run.settings for run in plan.adapt(store, engine, False)] == [run.settings for run in runs]
+    assert len(engine.runs) == made
 
     add_curves(store, {("random", 0.3): [([0.5, 0.9], [1.0, 2.0])], ("full", 1.0): [([0.6, 0.91], [4.0, 8.0])]}, BEST)
     costs(store, full={1.0: 1.0}, random={0.3: 0.3})
     text = write_report(store, "accuracy", "made up").read_text()
-    assert line(text, "| random | 0.3 | 0.1 | 12 | 0 s |")
-    assert line(text, "| full | 1 | 0.05 | 12 | 0 s |")
+    assert line(text, "| random | 0.3 | 0.1 | 12 | 36 s |")
+    assert line(text, "| full | 1 | 0.05 | 12 | 36 s |")
 
 
 def add_curves(store, curves, rates=None):

@@ -12,7 +12,7 @@ from made_up_training import MadeUp, ask
 from composer_gradmatch.studies.report import write_report
 from composer_gradmatch.studies.store import Record, Run, Store
 from composer_gradmatch.studies.verdict.ledger import Ledger, OutOfBudget
-from composer_gradmatch.studies.verdict.source import stored
+from composer_gradmatch.studies.verdict.source import Stored
 from composer_gradmatch.studies.verdict.trial import FULL, Trial
 from composer_gradmatch.train.config import ConfigError
 
@@ -68,7 +68,7 @@ def verdict(folder, kills=(), budget=8000.0, training=None):
         machine = Machine(store, training, kills[starts : starts + 1])
         starts += 1
         try:
-            source = stored(store, machine.run_of, machine.make)
+            source = Stored(store, machine.run_of, machine.make)
             found = ask(training, budget, source=source, recorded=partial(on_record, store)).as_json()
             found["recommended"]["yaml"] = "algorithms: {}\n"
             (folder / "verdict.json").write_text(json.dumps(found, indent=1))
@@ -134,7 +134,7 @@ def test_a_failed_run_is_made_once_more_only_when_asked(tmp_path):
     trial = next(iter(ask(MadeUp(CELLS)).ledger.taken))
     failing = type(trial)(("random", 0.1), 0.1, 0)
     for retry, made in ((False, 1), (False, 1), (True, 2)):
-        outcome = stored(store, machine.run_of, machine.make, retry)(failing)
+        outcome = Stored(store, machine.run_of, machine.make, retry)(failing)
         assert outcome.error == "ValueError: as told"
         assert machine.made == made
     store.close()

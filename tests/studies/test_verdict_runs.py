@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,8 @@ import torch
 from composer_gradmatch.rules.candidates import Candidates
 from composer_gradmatch.rules.picks import WholeBatch
 from composer_gradmatch.studies.__main__ import main
+from composer_gradmatch.studies.building import ByNames
 from composer_gradmatch.studies.options import duration
-from composer_gradmatch.studies.provenance import provenance
-from composer_gradmatch.studies.store import Record
-from composer_gradmatch.studies.verdict import source
 from composer_gradmatch.studies.verdict.noise_scale import NoiseScale, noise_scale, parts_of_gram
 from composer_gradmatch.studies.verdict.plan import plan_verdict
 from composer_gradmatch.studies.verdict.progress import in_words
@@ -140,20 +137,8 @@ def test_the_noise_scale_of_a_run_on_digits():
     assert all(row["noise_scale"] is None or row["noise_scale"] > 0 for row in rows)
 
 
-class InThisProcess:
-    """Makes runs here: a worker takes longer to start than all of them take."""
-
-    def do(self, task, run, logs):
-        begun = time.perf_counter()
-        rows, details = task(run)
-        return Record(run.kind, run.settings, run.config, rows, "", provenance(), time.perf_counter() - begun, details)
-
-    def close(self):
-        pass
-
-
 def test_a_verdict_on_digits_keeps_its_budget_and_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(source, "workers", lambda jobs: [InThisProcess()])
+    monkeypatch.setattr(ByNames, "here", True)  # A worker takes longer to start than all runs take.
     out = tmp_path / "out"
     command = ["verdict", DIGITS, "max_duration=1ep", "--out", str(out), "--strategies", "full", "--keep", "0.1"]
     command += ["--margin", "0.1", "--budget", "12s"]

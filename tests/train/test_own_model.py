@@ -10,8 +10,7 @@ import pytest
 from documents import PACKAGE, blocks, commands, write_files
 
 import composer_gradmatch.studies.__main__ as studies
-import composer_gradmatch.studies.run_study as run_study
-from composer_gradmatch.studies.pool import run_all
+from composer_gradmatch.studies.building import ByNames
 from composer_gradmatch.train.command import main as train
 
 PAGE = (PACKAGE / "train/OWN_MODEL.md").read_text()
@@ -28,12 +27,8 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def in_this_process(task, runs, jobs, logs, here):
-    return run_all(task, runs, jobs, logs, here=True)
-
-
 def test_the_page_from_beginning_to_end(folder, monkeypatch, capsys, nothing_registered):
-    monkeypatch.setattr(run_study, "run_all", in_this_process)
+    monkeypatch.setattr(ByNames, "here", True)
     for words in COMMANDS:
         if words[0].endswith("composer") or "verdict" in words:
             continue  # They start processes.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import sys
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -16,15 +17,16 @@ from torch.nn import functional as F
 from composer_gradmatch import register
 from composer_gradmatch.rules.table import all_rules
 from composer_gradmatch.studies.__main__ import main as studies
+from composer_gradmatch.studies.engines.engine import run_all
+from composer_gradmatch.studies.engines.local import Local
 from composer_gradmatch.studies.planning import identity
-from composer_gradmatch.studies.pool import run_all
 from composer_gradmatch.studies.store import Run
 from composer_gradmatch.studies.strategies import all_strategies
 from composer_gradmatch.studies.tasks import do_run
 from composer_gradmatch.train import build_trainer, check_config
 from composer_gradmatch.train.command import main
 from composer_gradmatch.train.config import ConfigError
-from composer_gradmatch.train.register_files import load_files, loaded_files
+from composer_gradmatch.train.register_files import file_contents, load_files, loaded_files
 from composer_gradmatch.train.registry import resolve
 
 pytestmark = pytest.mark.usefixtures("nothing_registered")
@@ -178,8 +180,9 @@ def rows_of_what_is_there(run):
 def test_a_studys_worker_runs_the_files_too(mine):
     load_files([mine])
     sys.path.append(str(Path(__file__).parent))
-    task = partial(do_run, "test_register:rows_of_what_is_there", files=loaded_files())
-    ((_, record),) = run_all(task, [Run("accuracy", {}, {}, {})], 1, mine.parent / "logs")
+    task = partial(do_run, "test_register:rows_of_what_is_there", files=file_contents())
+    with closing(Local(1)) as engine:
+        ((_, record),) = run_all(engine, task, [Run("accuracy", {}, {}, {})], mine.parent / "logs")
     assert record.error == ""
     assert "smallest_losses" in record.rows[0]["rules"]
     assert record.rows[0]["model"] == 3
@@ -189,7 +192,7 @@ def test_a_studys_worker_runs_the_files_too(mine):
 def test_a_file_that_changes_during_a_study_is_refused(mine):
     load_files([mine])
     with pytest.raises(ConfigError, match=r"mine.py has changed since the study was started"):
-        do_run("test_register:rows_of_what_is_there", Run("accuracy", {}, {}, {}), dict.fromkeys(loaded_files(), "0"))
+        do_run("test_register:rows_of_what_is_there", Run("accuracy", {}, {}, {}), dict.fromkeys(file_contents(), b"0"))
 
 
 BAD = {

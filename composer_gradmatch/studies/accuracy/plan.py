@@ -10,6 +10,7 @@ from typing import Any
 from composer.core import Time
 
 from composer_gradmatch.studies.configs import accuracy_metric, quiet
+from composer_gradmatch.studies.engines.engine import Engine
 from composer_gradmatch.studies.planning import cells, training_run
 from composer_gradmatch.studies.step_time.plan import step_time_run
 from composer_gradmatch.studies.store import Run, Store
@@ -54,10 +55,10 @@ def plan_accuracy(
             runs.append(training_run("accuracy", settings, own, shared["metric"]))
         return runs
 
-    def tuned(store: Store, retry_failed: bool) -> list[Run]:
+    def tuned(store: Store, engine: Engine, retry_failed: bool) -> list[Run]:
         change = partial(_scaled, batch_size=batch_size)
         tuning = Tuning(config, pairs, shared["metric"], label_noise, validation, change)
-        return planned(tuning.rates(store, retry_failed))
+        return planned(tuning.rates(store, engine, retry_failed))
 
     if tune:
         tuning_rate(config)

@@ -53,7 +53,7 @@ def time_lines(store: Store, title: str) -> list[str]:
         "",
         f"The cost, in whole runs of the full batch, at the first evaluation that reaches {target:.4f}, its accuracy "
         f"at the end minus {MARGIN:g}: median over seeds (earliest to latest). Times are the runs' own, of data, "
-        "selection and steps; runs that were made several at a time have slowed each other down.",
+        "selection and steps; runs that were made several at a time on one machine have slowed each other down.",
         "",
         *markdown(["strategy", "keep", "runs that reach it", "cost"], rows),
     ]

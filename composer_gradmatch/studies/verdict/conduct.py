@@ -205,7 +205,9 @@ def _tune(
     if plan is None:
         return None, {}
     tuned = {}
-    ledger.begin("learning rates", [each for cell in cells for each in plan.trials_like(cell, question.rate, first)])
+    at_most = [trial for cell in cells for trial in plan.trials_like(cell, question.rate, first)]
+    sure = [trial for cell in cells for trial in plan.first_trials(cell, question.rate, first)]
+    ledger.begin("learning rates", at_most, sure)
     for cell in cells:
         tuned[cell] = tune(ledger, plan, cell, question.rate, first)
         if tuned[cell].error and cell != FULL:

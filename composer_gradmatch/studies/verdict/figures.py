@@ -106,6 +106,8 @@ def draw_curves(found: dict[str, Any], path: Path, title: str) -> None:
     target = found["target_accuracy"]
     axes.axhline(target, color="gray", linewidth=1, linestyle=":", label="full minus margin")
     heights = [value for each in rows for value in each["curve"]["accuracy"]]
+    # There is none where the choice of rates has taken the whole budget.
+    heights = heights or [target + found["margin"]]
     # The first epochs are far below, and what is to be told apart is at the top.
     bottom = max(min(heights), target - 6 * max(max(heights) - target, found["margin"]))
     bottom = min(bottom, target)

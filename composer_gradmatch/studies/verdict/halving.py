@@ -37,6 +37,10 @@ class Halving:
             Trial(cell, rate, first_seed + seed, share, "validation") for rate in rates for seed in range(begin, end)
         ]
 
+    def first_trials(self, cell: Cell, rate: float, first_seed: int) -> list[Trial]:
+        """Gives the trials of the first rung, which has all rates."""
+        return self.trials(cell, [rate * factor for factor in self.factors], 0, first_seed)
+
     def trials_like(self, cell: Cell, rate: float, first_seed: int) -> list[Trial]:
         """Gives as many trials as a cell takes, whichever rates go on."""
         rates = [rate * factor for factor in self.factors]
@@ -114,9 +118,10 @@ def tune(ledger: Ledger, plan: Halving, cell: Cell, rate: float, first_seed: int
     best, error = rate, ""
     for rung in range(len(plan.rungs)):
         scores = {}
+        ledger.take(plan.trials(cell, rates, rung, first_seed))
         for each in rates:
             trials = plan.trials(cell, [each], rung, first_seed)
-            outcomes = ledger.take(trials)
+            outcomes = [ledger.taken[trial] for trial in trials]
             used |= dict.fromkeys(trials)
             if failed := [outcome.error for outcome in outcomes if outcome.error]:
                 error = failed[0]

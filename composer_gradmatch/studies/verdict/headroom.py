@@ -53,7 +53,7 @@ def look_for_headroom(ledger: Ledger, question: Question) -> Headroom:
             what the test set can resolve.
     """
     first = Trial(FULL, question.rate, question.seed)
-    ledger.begin("headroom", [first])
+    ledger.begin("headroom", [first], [first])
     if not ledger.fits(first):
         _refuse_budget(ledger.estimate([first]), ledger)
     (outcome,) = ledger.take([first])
@@ -75,7 +75,7 @@ def look_for_headroom(ledger: Ledger, question: Question) -> Headroom:
             break
         cost = ledger.estimate(trials)
         available -= cost
-        ledger.begin("headroom", trials)
+        ledger.begin("headroom", trials, trials)
         try:
             results = _by_cell(ledger, trials)
         except OutOfBudget:

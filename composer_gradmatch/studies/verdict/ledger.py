@@ -36,6 +36,8 @@ class Ledger:
         tell (Callable, optional): ``tell(ledger)``, called after each trial. Default: ``None``.
         recorded (Callable, optional): ``recorded(trial)``: whether the source has it already. What has been paid for,
             with a smaller budget, say, is not refused. Default: none is.
+        expect (Callable, optional): ``expect(trials)``, called before each trial with those that are taken next in any
+            case, and fit, for a source that makes several at a time. Default: ``None``.
 
     Attributes:
         stage (str): What is being done.
@@ -52,13 +54,15 @@ class Ledger:
         spent: float = 0.0,
         tell: Callable[[Ledger], None] | None = None,
         recorded: Callable[[Trial], bool] = lambda trial: False,
+        expect: Callable[[list[Trial]], None] | None = None,
     ) -> None:
         self.budget, self.spent, self.stage = budget, spent, ""
         self._reserve = _reserve(budget) if budget < float("inf") else 0.0
         self.taken: dict[Trial, Outcome] = {}
         self._begun: tuple[list[Trial], float] = ([], 0.0)
+        self._sure: list[Trial] = []
         self._by_cell: dict[Cell, list[tuple[Trial, Outcome]]] = {}
-        self._recorded = recorded
+        self._recorded, self._expect = recorded, expect
         self._source, self._guess, self._full_seconds, self._tell = source, guess, full_seconds, tell
 
     @property
@@ -72,15 +76,16 @@ class Ledger:
         trials, spent = self._begun
         return max(0.0, sum(map(self._seconds, trials)) - (self.spent - spent))
 
-    def begin(self, stage: str, trials: Iterable[Trial]) -> None:
+    def begin(self, stage: str, trials: Iterable[Trial], sure: Iterable[Trial]) -> None:
         """Begins a stage, for whom it is told.
 
         Args:
             stage (str): What is going to be done.
             trials (Iterable[Trial]): What it takes at most.
+            sure (Iterable[Trial]): What it takes whatever comes out, in this order.
         """
         new = [trial for trial in dict.fromkeys(trials) if trial not in self.taken]
-        self.stage, self._begun = stage, (new, self.spent)
+        self.stage, self._begun, self._sure = stage, (new, self.spent), list(sure)
 
     def estimate(self, trials: Iterable[Trial]) -> float:
         """Estimates the seconds that trials would take: those that are not taken yet, each once."""
@@ -105,6 +110,17 @@ class Ledger:
         """Tells whether one more trial can be begun: it may take half of what is kept in reserve."""
         return self._seconds(trial) <= self.left + self._reserve / 2
 
+    def _fitting(self, trials: Iterable[Trial]) -> list[Trial]:
+        """Gives the first of those trials that are not taken, as far as they fit together."""
+        room, found = self.left + self._reserve / 2, []
+        for trial in dict.fromkeys(trials):
+            if trial not in self.taken:
+                room -= self._seconds(trial)
+                if room < 0 and found:
+                    break
+                found.append(trial)
+        return found
+
     def take(self, trials: Iterable[Trial]) -> list[Outcome]:
         """Takes trials, one after the other.
 
@@ -112,11 +128,13 @@ class Ledger:
             OutOfBudget: If one does not fit, because those before it took longer than was to be expected.
         """
         trials = list(trials)
-        for trial in trials:
+        for place, trial in enumerate(trials):
             if trial in self.taken:
                 continue
             if not self.fits(trial) and not self._recorded(trial):
                 raise OutOfBudget
+            if self._expect:
+                self._expect(self._fitting([trial, *trials[place:], *self._sure])[1:])
             outcome = self._source(trial)
             self.taken[trial] = outcome
             self.spent += outcome.seconds

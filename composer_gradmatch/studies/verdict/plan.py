@@ -13,6 +13,7 @@ import yaml
 
 from composer_gradmatch.studies.building import builder_of
 from composer_gradmatch.studies.configs import accuracy_metric, quiet
+from composer_gradmatch.studies.engines.engine import Engine
 from composer_gradmatch.studies.planning import cells, training_run
 from composer_gradmatch.studies.step_time.plan import step_time_run
 from composer_gradmatch.studies.store import Record, Run, Store, write_atomically
@@ -23,7 +24,7 @@ from composer_gradmatch.studies.verdict.ledger import Ledger
 from composer_gradmatch.studies.verdict.progress import Progress
 from composer_gradmatch.studies.verdict.question import Question
 from composer_gradmatch.studies.verdict.runs import TRAINING, batches_of, runs_of
-from composer_gradmatch.studies.verdict.source import make_in_worker, stored
+from composer_gradmatch.studies.verdict.source import Stored, making
 from composer_gradmatch.studies.verdict.trial import FULL, Cell, Trial
 from composer_gradmatch.studies.verdict.tuning import tuning_rate
 from composer_gradmatch.train.config import ConfigError
@@ -86,11 +87,12 @@ def _conduct(
     budget: float,
     timing: Run,
     store: Store,
+    engine: Engine,
     retry_failed: bool,
 ) -> list[Run]:
     """Makes the verdict and writes ``verdict.json``; no runs are left to be made."""
     batches = batches_of(config)
-    with make_in_worker(store) as make, Progress(budget) as progress:
+    with making(store, engine) as make, Progress(budget, engine.slots) as progress:
 
         def kept(run: Run, task: str) -> Record:
             record = store.record(run)
@@ -99,7 +101,7 @@ def _conduct(
                 store.save(run, record)
             return record
 
-        # By the same worker, so that the time of its start is not taken for that of the first run.
+        # First: it starts the worker, whose time is not taken for that of the first run.
         timed = kept(timing, "composer_gradmatch.studies.step_time.timer:step_time")
         of_cell = _step_seconds(timed)
         full = of_cell.get(FULL, 0.0) * (batches or 0)
@@ -115,13 +117,13 @@ def _conduct(
                 return of_cell[cell] / of_cell[FULL]
             return strategy_named(cell[0]).cost(cell[1])
 
-        source = stored(store, run_of, lambda run: make(run, TRAINING), retry_failed)
-        ledger = Ledger(
-            source, budget, guess, full, spent, progress.tell, lambda trial: store.record(run_of(trial)) is not None
-        )
+        source = Stored(store, run_of, lambda run: make(run, TRAINING), retry_failed, engine.slots)
+        expect = source.expect if engine.slots > 1 else None
+        ledger = Ledger(source, budget, guess, full, spent, progress.tell, source.has, expect)
         try:
             verdict = conduct(question, ledger)
         finally:
+            source.close()
             store.write_table("verdict", "results.csv")  # What was computed is kept, whatever ends it.
     found = verdict.as_json()
     found["headroom"] |= {

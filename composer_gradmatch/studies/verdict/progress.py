@@ -25,9 +25,11 @@ class Progress:
 
     Args:
         budget (float, optional): Seconds; None where there is no limit.
+        at_once (int): Runs at a time.
     """
 
-    def __init__(self, budget: float | None) -> None:
+    def __init__(self, budget: float | None, at_once: int) -> None:
+        self._at_once = at_once
         form = "{desc} {bar:20}{postfix}" if budget else "{desc}{postfix}"
         self._bar = tqdm(total=budget, desc="verdict", bar_format=form, dynamic_ncols=True)
 
@@ -45,7 +47,7 @@ class Progress:
         limit = f" of {in_words(ledger.budget)}" if self._bar.total else ""
         self._bar.set_postfix_str(
             f"{len(ledger.taken)} runs, {in_words(ledger.spent)}{limit} spent; this takes about "
-            f"{in_words(ledger.to_go)} more",
+            f"{in_words(ledger.to_go / self._at_once)} more",
             refresh=False,
         )
         self._bar.n = min(ledger.spent, ledger.budget)

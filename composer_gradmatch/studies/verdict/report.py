@@ -32,7 +32,7 @@ def report_verdict(store: Store, name: str) -> list[str]:
     lines += ["## Time to accuracy", "", "![Accuracy within a run](time_to_accuracy.png)", "", *_times(found)]
     lines += ["## Headroom", "", *_headroom(found)]
     lines += ["## Learning rates", "", *_rates(found)]
-    lines += ["## Conditions", "", *_spent(found), "", *conditions(store, "verdict")]
+    lines += ["## Conditions", "", *_spent(found, store), "", *conditions(store, "verdict")]
     return lines
 
 
@@ -186,8 +186,10 @@ def _rates(found: dict[str, Any]) -> list[str]:
     return [*lines, *markdown(["strategy", "keep", "lr", "validation accuracy", "runs", "time", ""], rows)]
 
 
-def _spent(found: dict[str, Any]) -> list[str]:
+def _spent(found: dict[str, Any], store: Store) -> list[str]:
+    nodes = {node for record in store.records("verdict") if (node := record.provenance.get("node"))}
+    where = f"on {len(nodes)} node(s) of a Ray cluster, times added up" if nodes else "one at a time"
     return [
         f"{in_words(found['spent_s'])} of a budget of {in_words(found['budget_s'])} spent on {found['runs']} runs and "
-        f"on timing, one at a time; seeds from {found['seed']}."
+        f"on timing, {where}; seeds from {found['seed']}."
     ]

@@ -70,8 +70,8 @@ def play_rounds(
     """
     while active := _next_round(ledger, question, rates, standings):
         seeds, cells = active
-        ledger.begin(f"seeds, up to {seeds}", _trials(cells, rates, seeds, question, standings))
-        trials = []
+        trials = _trials(cells, rates, seeds, question, standings)
+        ledger.begin(f"seeds, up to {seeds}", trials, trials)
         for seed in range(question.seed, question.seed + seeds):
             trials = _trials(cells, rates, seeds, question, standings)
             # Where runs have become dearer, rather a few looks than none.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 from composer_gradmatch.studies.configs import learning_rate
+from composer_gradmatch.studies.engines.engine import Engine
 from composer_gradmatch.studies.store import Store
 from composer_gradmatch.studies.strategies import strategy_named
 from composer_gradmatch.studies.verdict.halving import PLANS, tune
@@ -14,7 +16,7 @@ from composer_gradmatch.studies.verdict.ledger import Ledger
 from composer_gradmatch.studies.verdict.progress import Progress
 from composer_gradmatch.studies.verdict.question import TUNING_SEEDS
 from composer_gradmatch.studies.verdict.runs import TRAINING, runs_of
-from composer_gradmatch.studies.verdict.source import make_in_worker, stored
+from composer_gradmatch.studies.verdict.source import Stored, making
 from composer_gradmatch.studies.verdict.trial import Cell
 from composer_gradmatch.train.config import ConfigError
 
@@ -53,15 +55,24 @@ class Tuning:
     validation: float
     change: Callable[[dict[str, Any], float], dict[str, Any]]
 
-    def rates(self, store: Store, retry_failed: bool) -> dict[Cell, float]:
-        """Chooses the rates, by runs of the kind ``"tuning"`` in the study's folder, one at a time."""
+    def rates(self, store: Store, engine: Engine, retry_failed: bool) -> dict[Cell, float]:
+        """Chooses the rates, by runs of the kind ``"tuning"`` in the study's folder."""
         rate, plan = tuning_rate(self.config), PLANS[0]
         run_of = runs_of(self.config, "tuning", self.metric, self.label_noise, self.validation, 0, self.change)
-        with make_in_worker(store) as make, Progress(None) as progress:
-            source = stored(store, run_of, lambda run: make(run, TRAINING), retry_failed)
+        with (
+            making(store, engine) as make,
+            Progress(None, engine.slots) as progress,
+            closing(Stored(store, run_of, lambda run: make(run, TRAINING), retry_failed, engine.slots)) as source,
+        ):
             ledger = Ledger(
-                source, float("inf"), lambda cell: strategy_named(cell[0]).cost(cell[1]), 0.0, 0.0, progress.tell
+                source,
+                float("inf"),
+                lambda cell: strategy_named(cell[0]).cost(cell[1]),
+                0.0,
+                tell=progress.tell,
+                expect=source.expect if engine.slots > 1 else None,
             )
             trials = [trial for cell in self.cells for trial in plan.trials_like(cell, rate, TUNING_SEEDS)]
-            ledger.begin("learning rates", trials)
+            sure = [trial for cell in self.cells for trial in plan.first_trials(cell, rate, TUNING_SEEDS)]
+            ledger.begin("learning rates", trials, sure)
             return {cell: tune(ledger, plan, cell, rate, TUNING_SEEDS).rate for cell in self.cells}
