@@ -159,4 +159,4 @@ def config(folder: Path, model: str, data: str, algorithms: dict[str, Any], worl
 
 
 def write_config(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(yaml.safe_dump(values))
+    path.write_text(yaml.safe_dump(values, sort_keys=False))

@@ -1,0 +1,40 @@
+"""Passes of a compiled model that must not be compiled, so that the training step stays so."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from composer_gradmatch.forward.modules import modules_of
+from composer_gradmatch.forward.torch_private import uncompiled
+
+__all__ = ["eagerly", "is_compiled"]
+
+
+def eagerly() -> AbstractContextManager[object]:
+    """Lets what is compiled run as it is written, and compiles nothing, while the context is open.
+
+    TorchDynamo keeps a few graphs of each function, for each kind of input one; what comes once they are full runs
+    uncompiled for good. A pass that watches a layer would take places in each step, since its hooks are others each
+    time, and leave none for the training step.
+    """
+    if "torch._dynamo" not in sys.modules:  # Then nothing is compiled; to import it takes seconds.
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Tells whether a model, or a part of it, runs compiled.
+
+    Args:
+        model (nn.Module): As the Trainer runs it: of a compiled model under DDP, the wrapper is compiled.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return False
+    return any(
+        uncompiled(module.forward) is not None or getattr(module, "_compiled_call_impl", None) is not None
+        for module in modules_of(model)
+    )
