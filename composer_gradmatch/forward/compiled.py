@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 
 from composer_gradmatch.forward.modules import modules_of
-from composer_gradmatch.forward.torch_private import uncompiled
+from composer_gradmatch.forward.torch_private import has_compiler, runs_compiled
 
 __all__ = ["eagerly", "is_compiled"]
 
@@ -21,9 +20,7 @@ def eagerly() -> AbstractContextManager[object]:
     uncompiled for good. A pass that watches a layer would take places in each step, since its hooks are others each
     time, and leave none for the training step.
     """
-    if "torch._dynamo" not in sys.modules:  # Then nothing is compiled; to import it takes seconds.
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    return torch.compiler.set_stance("force_eager") if has_compiler() else nullcontext()
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -32,9 +29,4 @@ def is_compiled(model: nn.Module) -> bool:
     Args:
         model (nn.Module): As the Trainer runs it: of a compiled model under DDP, the wrapper is compiled.
     """
-    if "torch._dynamo" not in sys.modules:
-        return False
-    return any(
-        uncompiled(module.forward) is not None or getattr(module, "_compiled_call_impl", None) is not None
-        for module in modules_of(model)
-    )
+    return has_compiler() and any(map(runs_compiled, modules_of(model)))
