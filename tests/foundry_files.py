@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,15 @@ LENGTH = 24
 WORDS = [f"{one}{other}" for one in "bdfgklmnprst" for other in ("a", "e", "i", "o", "u", "ai")]
 #: The minibatch of each process.
 BATCH = 8
+KEEP = 0.5
+ON = {"start": 0.0, "end": 1.0, "interrupt": 0, "keep": KEEP}
+STRATEGIES = {
+    "gradmatch": ON,
+    "random_backprop": ON,
+    "loss_backprop": ON,
+    "importance_backprop": ON,
+    "rule_backprop": {**ON, "rule": "top_loss"},
+}
 
 
 def write_all(folder: Path) -> None:
@@ -148,7 +160,7 @@ def config(folder: Path, model: str, data: str, algorithms: dict[str, Any], worl
         "device_train_microbatch_size": 2,
         "device_eval_batch_size": BATCH,
         "accumulate_train_batch_on_tokens": True,
-        "max_duration": "3ba",
+        "max_duration": "2ba",
         "precision": "fp32",
         "seed": 7,
         "eval_interval": 0,
@@ -160,3 +172,25 @@ def config(folder: Path, model: str, data: str, algorithms: dict[str, Any], worl
 
 def write_config(path: Path, values: dict[str, Any]) -> None:
     path.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def launch(folder: Path, world: int) -> str:
+    """Trains all configs of a folder in one launch of so many processes; returns what is said."""
+    worker = str(Path(__file__).with_name("foundry") / "worker.py")
+    return program(["python" if world == 1 else "composer", *([] if world == 1 else ["-n", "2"]), worker, str(folder)], folder)
+
+
+def program(command: list[str], folder: Path) -> str:
+    """Runs a program of this environment in a folder; returns what it says."""
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name(command[0])), *command[1:]],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=560,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said[-6000:]
+    return said

@@ -14,9 +14,11 @@ Record = dict[str, Any]
 
 def model_of(record: Record) -> torch.nn.Module:
     """The model as the step began, in float64."""
-    model = record["kind"](record["config"])
-    model.load_state_dict(record["weights"])
-    return model.double().train()
+    if "model" not in record:
+        model = record["kind"](record["config"])
+        model.load_state_dict(record["weights"])
+        record["model"] = model.double().train()
+    return record["model"]
 
 
 def sample(record: Record, i: int) -> dict[str, torch.Tensor]:
