@@ -125,7 +125,13 @@ def llama(folder: Path) -> dict[str, Any]:
 
 def loader(folder: Path, data: str) -> dict[str, Any]:
     """A ``train_loader``: ``chats`` padded, ``packed chats``, or ``tokens`` packed in advance."""
-    rest = {"drop_last": True, "num_workers": 0, "pin_memory": False, "prefetch_factor": None, "persistent_workers": False}
+    rest = {
+        "drop_last": True,
+        "num_workers": 0,
+        "pin_memory": False,
+        "prefetch_factor": None,
+        "persistent_workers": False,
+    }
     if data == "tokens":
         dataset = {"local": str(folder / "tokens"), "split": "train", "shuffle": True, "max_seq_len": LENGTH}
         return {"name": "text", "dataset": {**dataset, "eos_token_id": 1}, **rest}
@@ -154,7 +160,13 @@ def config(folder: Path, model: str, data: str, algorithms: dict[str, Any], worl
         "model": models[model](),
         "tokenizer": {"name": str(folder / "tokenizer"), "kwargs": {"model_max_length": LENGTH}},
         "train_loader": loader(folder, data),
-        "optimizer": {"name": "decoupled_adamw", "lr": 3.0e-3, "betas": [0.9, 0.95], "eps": 1.0e-8, "weight_decay": 0.0},
+        "optimizer": {
+            "name": "decoupled_adamw",
+            "lr": 3.0e-3,
+            "betas": [0.9, 0.95],
+            "eps": 1.0e-8,
+            "weight_decay": 0.0,
+        },
         "scheduler": {"name": "constant_with_warmup", "t_warmup": "0ba", "alpha": 1.0},
         "global_train_batch_size": BATCH * world,
         "device_train_microbatch_size": 2,
@@ -177,7 +189,9 @@ def write_config(path: Path, values: dict[str, Any]) -> None:
 def launch(folder: Path, world: int) -> str:
     """Trains all configs of a folder in one launch of so many processes; returns what is said."""
     worker = str(Path(__file__).with_name("foundry") / "worker.py")
-    return program(["python" if world == 1 else "composer", *([] if world == 1 else ["-n", "2"]), worker, str(folder)], folder)
+    return program(
+        ["python" if world == 1 else "composer", *([] if world == 1 else ["-n", "2"]), worker, str(folder)], folder
+    )
 
 
 def program(command: list[str], folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""LLM Foundry's own training, by each strategy of its ``algorithms:`` block, against float64 references of each step."""
+"""LLM Foundry's training, by each strategy of its ``algorithms:`` block, against float64 references of each step."""
 
 from __future__ import annotations
 
@@ -65,7 +65,10 @@ def test_a_step_is_the_weighted_mean_over_the_tokens_of_all_picks(steps):
     for records in steps:
         expected = step_gradients(records)
         for record in records:
-            flat = [torch.cat([each[name].double().flatten() for name in expected]) for each in (expected, record["gradients"])]
+            flat = [
+                torch.cat([each[name].double().flatten() for name in expected])
+                for each in (expected, record["gradients"])
+            ]
             assert (flat[0] - flat[1]).norm() <= 5e-6 * flat[0].norm()
 
 
