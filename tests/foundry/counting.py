@@ -1,4 +1,4 @@
-"""For ``code_paths:`` of a config: a backend of ``torch.compile`` and an algorithm that count graphs and their calls."""
+"""For ``code_paths:`` of a config: a backend of ``torch.compile``, and an algorithm, that count graphs and calls."""
 
 from __future__ import annotations
 
