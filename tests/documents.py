@@ -258,7 +258,7 @@ def _launched(arguments: list[str]) -> list[str]:
 
 
 def _installed(arguments: list[str]) -> list[str]:
-    requirements = [word for word in arguments[1:] if word not in ("-e", "--quiet", "llm-foundry==0.22.0")]
+    requirements = [word for word in arguments[1:] if word not in ("-e", "--quiet")]
     local = [re.fullmatch(r"\.(?:\[([\w,]+)\])?", word) for word in requirements if word.startswith(".")]
     asked = {extra for match in local if match for extra in (match[1] or "").split(",") if extra}
     problems = [f"there is no extra {extra!r}" for extra in sorted(asked - EXTRAS)]
