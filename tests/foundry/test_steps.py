@@ -21,6 +21,7 @@ RUNS = [
     *[(1, "gradmatch", model, data, False) for model in ("mpt", "untied mpt", "llama") for data in DATA],
     *[(1, "gradmatch", model, "chats", True) for model in ("mpt", "llama")],
     *[(1, name, model, data, False) for name in list(STRATEGIES)[1:] for model, data in EACH],
+    (2, "gradmatch", "mpt", "chats", True),
     *[(2, name, model, data, False) for name in STRATEGIES for model, data in EACH],
 ]
 RECORDER = Path(__file__).with_name("recorder.py")
