@@ -33,6 +33,8 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / ".github").glob("*.md")), *sort
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 LANGUAGES = ("python", "bash", "yaml")
 WIDTH = 120
+#: Keys of LLM Foundry's configs that ours have not.
+LLM_FOUNDRYS = {"tokenizer", "code_paths"}
 _DISTRIBUTION = metadata("composer-gradmatch")
 EXTRAS = set(_DISTRIBUTION.get_all("Provides-Extra") or [])
 #: The repository's address, once the package has one; until then links are relative.
@@ -85,18 +87,24 @@ def width_problems(text: str, tables_too: bool) -> list[str]:
 
 
 def run_python(text: str, path: Path, names: dict[str, Any]) -> int:
-    """Runs a document's Python blocks, one after the other, in one namespace; returns how many there are."""
+    """Runs a document's Python blocks, one after the other, in one namespace; returns how many there are.
+
+    What imports LLM Foundry is run by ``tests/foundry``, in an environment that has it.
+    """
     python = [block for block in blocks(text) if block.language == "python"]
     for block in python:
+        if "from llmfoundry import" in block.code:
+            compile(block.code, str(path), "exec")
+            continue
         # Blank lines first, so that a traceback has the document's own line numbers.
         exec(compile("\n" * (block.line - 1) + block.code, str(path), "exec"), names)
     return len(python)
 
 
 def shown_files(text: str) -> dict[str, str]:
-    """The files that a document shows: the Python blocks whose first line is a comment with their name."""
-    python = [block.code for block in blocks(text) if block.language == "python"]
-    return {name[1]: code for code in python if (name := re.match(r"# (\w+\.py)\n", code))}
+    """The files that a document shows: the blocks whose first line is a comment with their name."""
+    code = [block.code for block in blocks(text)]
+    return {name[1]: each for each in code if (name := re.match(r"# (\w+\.(?:py|yaml))\n", each))}
 
 
 def write_files(text: str, folder: Path) -> None:
@@ -144,6 +152,8 @@ def yaml_problems(text: str) -> list[str]:
             if _job(block):
                 continue
             config = yaml.safe_load(block.code)
+            if not config.keys().isdisjoint(LLM_FOUNDRYS):  # Of which only the strategies are ours.
+                config = {"algorithms": config["algorithms"]}
             if "max_duration" not in config:
                 config = {**load_config(ROOT / "configs/digits.yaml"), **config}
             problems += [f"line {block.line}: {problem}" for problem in config_problems(config)]
@@ -249,6 +259,8 @@ def _launched(arguments: list[str]) -> list[str]:
 
     if problems := _exit_of(parse, arguments):
         return problems
+    if parsed[0].command_mode and parsed[0].training_script == ".venv/bin/llmfoundry":
+        return _foundry_trained(parsed[0].training_script_args)
     if not (parsed[0].module_mode and parsed[0].training_script in _MODULES):
         return ["expected -m and a module of this package"]
     return _MODULES[parsed[0].training_script](parsed[0].training_script_args)
@@ -269,6 +281,13 @@ def _installed(arguments: list[str]) -> list[str]:
     return problems if arguments[:1] == ["install"] and all(local) else [*problems, "pip cannot install this"]
 
 
+def _foundry_trained(arguments: list[str]) -> list[str]:
+    """A config that the document shows, and so is beside it; that it runs is shown by ``tests/foundry``."""
+    if arguments[:1] != ["train"] or len(arguments) != 2:
+        return ["expected train and a config"]
+    return _file_there(arguments[1:])
+
+
 def _tested(arguments: list[str]) -> list[str]:
     problems, words = [], iter(arguments)
     for word in words:
@@ -287,7 +306,11 @@ def _no_test_named(part: str) -> list[str]:
 
 
 def _file_there(arguments: list[str]) -> list[str]:
-    return [f"there is no {word}" for word in arguments if not word.startswith("-") and not (ROOT / word).exists()]
+    return [
+        f"there is no {word}"
+        for word in arguments
+        if not word.startswith("-") and not (ROOT / word).exists() and not Path(word).exists()
+    ]
 
 
 _MODULES: dict[str, Callable[[list[str]], list[str]]] = {
@@ -298,6 +321,7 @@ _MODULES: dict[str, Callable[[list[str]], list[str]]] = {
 _PROGRAMS: dict[str, Callable[[list[str]], list[str]]] = {
     "pip": _installed,
     "pytest": _tested,
+    "llmfoundry": _foundry_trained,
     "bash": _file_there,
     "srun": _on_cluster,
     "python3": lambda words: [] if words == ["-m", "venv", ".venv"] else ["only makes the environment"],

@@ -171,6 +171,10 @@ TRAIN, STUDY = "python -m composer_gradmatch.train", "python -m composer_gradmat
         (bash(f"srun ray symmetric-run --address a:6379 -- {STUDY} accuracy configs/digits.yaml"), "required: --out"),
         (bash(f"srun {STUDY} accuracy configs/digits.yaml --out x"), "expected ray symmetric-run"),
         (f"```yaml\nkind: RayJob\nspec:\n  entrypoint: {STUDY} accuracy configs/digits.yaml\n```\n", "required: --out"),
+        (bash("llmfoundry train gone.yaml"), "there is no gone.yaml"),
+        (bash("llmfoundry eval configs/digits.yaml"), "expected train and a config"),
+        (bash("composer -n 2 -c .venv/bin/llmfoundry train gone.yaml"), "there is no gone.yaml"),
+        (bash("composer -n 2 -c llmfound train configs/digits.yaml"), "expected -m"),
         (f"Run `{TRAIN} configs/digit.yaml` once.", "There is no config file"),
     ],
 )
@@ -212,6 +216,7 @@ def test_links_into_the_repository_are_looked_up_in_it():
         ("```yaml\nmodel: {name: digits_cmn}\n```\n", "unknown model 'digits_cmn'"),
         ("```yaml\nmax_duration: 1ep\n```\n", "missing"),
         ("```yaml\nmax_epochs: 3\n```\n", "max_epochs: unknown key"),
+        ("```yaml\ntokenizer: {}\nalgorithms: {gradmatch: {kep: 0.1}}\n```\n", "gradmatch.kep: unknown key"),
     ],
 )
 def test_a_broken_config_is_found(text, problem):

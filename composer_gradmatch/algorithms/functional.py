@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from composer_gradmatch.forward.compiled import eagerly
 from composer_gradmatch.forward.scaling import check_scale_factor, scale_inputs
 from composer_gradmatch.forward.traceless import no_trace
 from composer_gradmatch.last_layer import CheckedTap, last_layer_gram, observe_output_layer, resolve_output_layer
@@ -76,7 +77,7 @@ def select_using_gradient_matching(
     if keep == 1:
         return input, target, torch.ones(len(input), device=input.device)
     (scaled,) = scale_inputs((input,), 0, scale_factor)
-    with no_trace(model):
+    with no_trace(model), eagerly():
         if output_layer is None:
             layer = observe_output_layer(model, scaled)
         else:

@@ -11,6 +11,7 @@ from composer.core import State
 
 from composer_gradmatch.batches import copy_batch
 from composer_gradmatch.candidates.watched_layer import WatchedLayer
+from composer_gradmatch.forward.compiled import eagerly
 from composer_gradmatch.forward.ranks import is_sharded, unwrap
 from composer_gradmatch.forward.selection_pass import SelectionPass
 from composer_gradmatch.last_layer import OutputLayer, OutputLayerTap
@@ -80,7 +81,7 @@ class OutputLayerAgain:
         if is_sharded(unwrap(state.model).modules()) or self._watched.sample_dim not in (None, 0):
             return False
         batch, few = self.selection_pass.few(state)
-        with self.selection_pass.no_trace(state), OutputLayerTap(self._layer(state)).open() as tap:
+        with self.selection_pass.no_trace(state), eagerly(), OutputLayerTap(self._layer(state)).open() as tap:
             outputs, losses = self.selection_pass.forward(state, copy_batch(batch), few)
             again = _made_of(tap.leaf.detach(), outputs)
             if again is None or not are_the_layers(outputs, tap.leaf):

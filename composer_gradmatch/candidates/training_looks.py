@@ -9,6 +9,7 @@ from composer_gradmatch.batches import copy_batch
 from composer_gradmatch.candidates.output_layer_again import are_the_layers
 from composer_gradmatch.candidates.sample_store import Seen
 from composer_gradmatch.candidates.watched_layer import WatchedLayer
+from composer_gradmatch.forward.compiled import is_compiled
 from composer_gradmatch.forward.ranks import unwrap
 from composer_gradmatch.forward.selection_pass import SelectionPass
 from composer_gradmatch.forward.traceless import beside_training
@@ -18,7 +19,7 @@ __all__ = ["TrainingLooks"]
 
 
 class TrainingLooks:
-    """Watches the microbatches of a training step.
+    """Watches the microbatches of a training step; of a compiled model, which a hook would compile anew, no layer.
 
     Args:
         selection_pass (SelectionPass): Knows the samples' losses.
@@ -54,7 +55,7 @@ class TrainingLooks:
         """Begins to watch a microbatch."""
         self._close()
         self._inputs = self._outputs = None
-        if self.layer is not None:
+        if self.layer is not None and not is_compiled(state.model):
             self._watch = self.layer.of(state).watch(self._see)
             self._watch.open()
 

@@ -10,6 +10,7 @@ from composer.core import State
 from composer_gradmatch.batches import copy_batch
 from composer_gradmatch.candidates.two_passes import candidates_of
 from composer_gradmatch.candidates.watched_layer import WatchedLayer
+from composer_gradmatch.forward.compiled import is_compiled
 from composer_gradmatch.forward.ranks import unwrap
 from composer_gradmatch.forward.selection_pass import SelectionPass
 from composer_gradmatch.forward.traceless import beside_training
@@ -53,8 +54,8 @@ class TrainingStep:
     """Watches the microbatches of a training step whose samples all have the weight one.
 
     Gradients are those of the step's own loss, so P is theirs but for a factor that all samples share (the number of
-    samples that the loss is a mean over, and a gradient scaler's). Where a compiled model or another algorithm hides
-    the output layer, nothing is seen.
+    samples that the loss is a mean over, and a gradient scaler's). Of a compiled model, which a hook would compile
+    anew, nothing is seen, nor where another algorithm hides the output layer.
 
     Args:
         selection_pass (SelectionPass): Knows the samples' losses.
@@ -82,6 +83,8 @@ class TrainingStep:
         """Begins to watch a microbatch of ``num_samples`` samples."""
         self._close()
         self._microbatches.append(_Microbatch(num_samples))
+        if is_compiled(state.model):
+            return
         self._watch = self.layer.of(state).watch(self._microbatches[-1].see_forward)
         self._watch.open()
 

@@ -11,6 +11,7 @@ from composer.core import State
 from composer_gradmatch.candidates.gauge import Gauge
 from composer_gradmatch.candidates.source import Source
 from composer_gradmatch.candidates.watched_layer import WatchedLayer
+from composer_gradmatch.forward.compiled import eagerly
 from composer_gradmatch.forward.ranks import unwrap
 from composer_gradmatch.forward.sample_checks import Rows, normalised_by_running_statistics
 from composer_gradmatch.forward.selection_pass import SelectionPass
@@ -121,7 +122,7 @@ class TwoPasses(Source):
         self, state: State, layer: WatchedLayer, batch: Any, n: int, num_samples: int
     ) -> tuple[LayerGradients, torch.Tensor]:
         try:
-            with layer.tap(state).open() as tap:
+            with eagerly(), layer.tap(state).open() as tap:
                 outputs, losses = self.selection_pass.forward(state, batch, n)
                 with span("output_gradients"):
                     inputs, grads = tap.inputs_and_grads(losses)
@@ -156,6 +157,7 @@ class TwoPasses(Source):
             with (
                 self.selection_pass.no_trace(state),
                 normalised_by_running_statistics(unwrap(state.model)),
+                eagerly(),
                 OutputLayerTap(layer, sample_dim=watched.sample_dim).open() as tap,
             ):
                 part = self.selection_pass.reader.copy_of(batch, samples, num_samples)

@@ -7,6 +7,7 @@ from typing import Any
 from composer.core import State
 from torch import nn
 
+from composer_gradmatch.forward.compiled import eagerly
 from composer_gradmatch.forward.ranks import unwrap
 from composer_gradmatch.forward.selection_pass import SelectionPass
 from composer_gradmatch.forward.torch_private import changed_a_leaf_in_place
@@ -79,7 +80,7 @@ class WatchedLayer:
         if self._layer is None:
             batch, _ = self.selection_pass.few(state)
             batch = self.selection_pass.scaled(batch)
-            with no_trace(model), self.selection_pass.precision(state):
+            with no_trace(model), self.selection_pass.precision(state), eagerly():
                 if self.chosen is None:
                     self._layer = observe_output_layer(model, batch)
                 else:

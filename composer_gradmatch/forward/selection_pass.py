@@ -13,6 +13,7 @@ from torch import nn
 from composer_gradmatch.batches import describe_targets
 from composer_gradmatch.batches.reader import BatchReader
 from composer_gradmatch.forward.batch_norm import fewest_in_a_microbatch
+from composer_gradmatch.forward.compiled import eagerly
 from composer_gradmatch.forward.composer_private import ghost_batch_size
 from composer_gradmatch.forward.losses import LossFn, per_sample_losses
 from composer_gradmatch.forward.precision import precision_context
@@ -232,13 +233,14 @@ class SelectionPass:
         return scale_inputs(batch, self.reader.input_key, self.scale_factor)
 
     def outputs_of(self, state: State, batch: Any) -> Any:
-        """Runs the model on a batch as it is.
+        """Runs the model on a batch as it is; a compiled one uncompiled in a rehearsal, of sizes that no step has.
 
         Raises:
             ValueError: If it fails on inputs that were scaled down, or by an index that is out of range.
         """
         try:
-            return unwrap(state.model)(batch)
+            with nullcontext() if self.rehearsed else eagerly():
+                return unwrap(state.model)(batch)
         except RuntimeError as error:
             if self.scale_factor == 1 or isinstance(error, torch.OutOfMemoryError) or is_from_cuda(error):
                 raise

@@ -8,6 +8,7 @@ since TorchDynamo takes seconds. Attributes of tensors and modules (``_version``
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
@@ -23,6 +24,7 @@ __all__ = [
     "boxed",
     "changed_a_leaf_in_place",
     "compiled_by_inductor",
+    "has_compiler",
     "is_from_cuda",
     "is_limit_of_captures",
     "is_of_compiler",
@@ -30,6 +32,7 @@ __all__ = [
     "raised_by_backend",
     "raised_by_worker",
     "reads_environment",
+    "runs_compiled",
     "uncompiled",
 ]
 
@@ -106,6 +109,16 @@ def boxed(function: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
 def uncompiled(forward: Callable[..., Any]) -> Callable[..., Any] | None:
     """Gives the function that ``torch.compile`` has made another of; None where it has not."""
     return getattr(forward, "_torchdynamo_orig_callable", None)
+
+
+def has_compiler() -> bool:
+    """Tells whether TorchDynamo was imported, which takes seconds: else nothing is compiled."""
+    return "torch._dynamo" in sys.modules
+
+
+def runs_compiled(module: nn.Module) -> bool:
+    """Tells whether a module's forward, or its call, was compiled."""
+    return uncompiled(module.forward) is not None or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def compiled_by_inductor(forward: Callable[..., Any]) -> bool:
