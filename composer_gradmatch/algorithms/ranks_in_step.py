@@ -60,6 +60,8 @@ class RanksInStep:
 
     def reset_fit(self) -> None:
         """Forgets what belongs to one ``fit``."""
+        #: Asked for once, as that reads the environment.
+        self._alone = dist.get_world_size() == 1
         self._ghost_batch_size = 1
         #: Whether gradients were seen here not to be synchronised in each microbatch, and whether on any rank.
         self._saw_one_sync = self._syncs_once = False
@@ -70,8 +72,7 @@ class RanksInStep:
 
     def see_first_batch(self, state: State, num_samples: int) -> None:
         """Takes note of the ranks' first batches."""
-        one = dist.get_world_size() == 1
-        self._largest_batch = num_samples if one else largest_on_all_ranks(num_samples, state.device)
+        self._largest_batch = num_samples if self._alone else largest_on_all_ranks(num_samples, state.device)
 
     def check_ghost_batches(self, state: State, num_samples: int, keep: float, owner: str) -> None:
         """Raises on the run's first batch, which is a full one, if ``GhostBatchNorm`` cannot take its picks.
@@ -155,7 +156,7 @@ class RanksInStep:
         each microbatch (Composer's default with algorithms that leave parameters without a gradient). Which it is, is
         seen in the first step of several microbatches; until then they do.
         """
-        if dist.get_world_size() == 1:
+        if self._alone:
             return False
         if needs_all_ranks(unwrap(state.model)):
             return True
@@ -170,8 +171,8 @@ class RanksInStep:
         return self._step_size is not None
 
     def begin_step(self, num_samples: int) -> None:
-        """Takes note of the samples that a step is made of."""
-        self._step_size = num_samples
+        """Takes note of the samples that a step is made of, where it is one of several ranks."""
+        self._step_size = None if self._alone else num_samples
 
     def see_forward(self, state: State, num_samples: Callable[[], int]) -> None:
         """Sees, before a step's first forward pass, whether gradients are synchronised in each microbatch.

@@ -120,11 +120,12 @@ class RowWeights:
         Raises:
             ValueError: If it cannot be told which samples it has, in the first weighted step.
         """
-        if self._trained is not None and self._trained.is_still(microbatch):
+        record = self._trained or self._picked
+        if record is not None and record.is_still(microbatch):
             self.of_microbatch = self._weights
             return microbatch
-        if self._picked is not None:
-            microbatch = self._with_shared_tensors_whole(microbatch, self._trained or self._picked)
+        if record is not None:
+            microbatch = self._with_shared_tensors_whole(microbatch, record)
         if self._weights is None:
             return microbatch
         assert self._trained is not None
@@ -143,7 +144,7 @@ class RowWeights:
         """
         assert self._picked is not None
         shared = trained.names_left_whole(microbatch)
-        self.reader.not_per_sample |= shared
+        self.reader.leave_whole(shared)
         originals = {name: self._picked.original[name] for name in shared if name in self._picked.original}
         if not originals:
             return microbatch

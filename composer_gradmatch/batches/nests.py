@@ -13,14 +13,24 @@ import numbers
 import os
 import types
 from collections import UserDict, UserList, deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["children", "is_array", "is_flat", "is_sequence", "map_nest", "named_leaves", "rebuild", "resized"]
+__all__ = [
+    "children",
+    "is_array",
+    "is_flat",
+    "is_sequence",
+    "map_nest",
+    "named_leaves",
+    "outline",
+    "rebuild",
+    "resized",
+]
 
 #: What has no parts, tried first.
 _PLAIN = frozenset({torch.Tensor, np.ndarray, str, int, float, bool, bytes, complex, type(None), torch.Size, range})
@@ -71,6 +81,26 @@ def is_flat(value: Any) -> bool:
     Of such there is nothing to descend into, which takes longer than most of what is done to the leaves.
     """
     return type(value) in _FLAT and _PLAIN.issuperset(map(type, _leaves_of(value)))
+
+
+def outline(value: Any) -> Hashable | None:
+    """Gives all that tells a flat nest of tensors from others but their numbers: kind, keys, shapes and data types.
+
+    Args:
+        value (Any): A nest.
+
+    Returns:
+        Hashable | None: None of a nest of other things, or of nests.
+    """
+    kind = type(value)
+    if kind not in _FLAT:
+        return None
+    kinds = []
+    for leaf in _leaves_of(value):
+        if type(leaf) is not torch.Tensor or leaf.is_nested:
+            return None
+        kinds.append((leaf.shape, leaf.dtype))
+    return kind, tuple(value) if kind is dict else None, tuple(kinds)
 
 
 def _leaves_of(value: Any) -> Any:

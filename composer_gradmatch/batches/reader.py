@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Hashable, Set
+from typing import Any, TypeVar
 
 import torch
 
 from composer_gradmatch.batches.labels import class_labels
 from composer_gradmatch.batches.minibatch import copy_batch, count_samples, take_samples
+from composer_gradmatch.batches.nests import outline
 from composer_gradmatch.batches.sample_leaves import names_by_length, sample_names
 
 __all__ = ["BatchReader"]
 
+T = TypeVar("T")
+#: Of how many outlines of batches is kept what they have shown: lengths of sequences vary.
+_OUTLINES = 256
+
 
 class BatchReader:
-    """Counts and takes the samples of a run's batches.
+    """Counts and takes the samples of a run's batches; those of one outline are looked into once.
 
     Args:
         input_key (Any, optional): Where a batch has its inputs: see :func:`.count_samples`. Default: ``0``.
@@ -26,15 +32,30 @@ class BatchReader:
 
     def __init__(self, input_key: Any = 0, target_key: Any = 1) -> None:
         self.input_key, self.target_key = input_key, target_key
-        self.not_per_sample: set[str] = set()
+        #: A getter may look at the batch's numbers.
+        self._by_outline = all(isinstance(key, int | str) for key in (input_key, target_key))
+        self.reset()
 
     def reset(self) -> None:
         """Forgets the batches of another run."""
-        self.not_per_sample = set()
+        self.not_per_sample: set[str] = set()
+        self._found: dict[Hashable, Any] = {}
+
+    def _once(self, what: Hashable, batch: Any, find: Callable[[], T]) -> T:
+        """Gives what was found out about another batch of the same outline, or finds it out."""
+        drawn = outline(batch) if self._by_outline else None
+        if drawn is None:
+            return find()
+        key = what, drawn
+        if key not in self._found:
+            if len(self._found) >= _OUTLINES:
+                self._found.clear()
+            self._found[key] = find()
+        return self._found[key]
 
     def count(self, batch: Any) -> int:
         """Counts the samples of a batch: see :func:`.count_samples`."""
-        return count_samples(batch, self.input_key, self.target_key)
+        return self._once("count", batch, lambda: count_samples(batch, self.input_key, self.target_key))
 
     def labels(self, batch: Any, num_samples: int) -> torch.Tensor:
         """Reads the class of each of the M samples of a batch: see :func:`.class_labels`."""
@@ -42,11 +63,17 @@ class BatchReader:
 
     def learn(self, batch: Any, num_samples: int) -> None:
         """Takes note of what a batch of M samples shows not to be per sample."""
-        self.not_per_sample |= names_by_length(batch, num_samples).keys()
+        self.leave_whole(self._once(("learn", num_samples), batch, lambda: names_by_length(batch, num_samples).keys()))
+
+    def leave_whole(self, names: Set[str]) -> None:
+        """Takes note of what is not per sample."""
+        if not names <= self.not_per_sample:
+            self.not_per_sample |= names
+            self._found.clear()
 
     def names(self, batch: Any, num_samples: int) -> frozenset[str]:
         """Names what in a batch of M samples has a row for each."""
-        return sample_names(batch, num_samples, self.not_per_sample)
+        return self._once(("names", num_samples), batch, lambda: sample_names(batch, num_samples, self.not_per_sample))
 
     def take(
         self, batch: Any, indices: torch.Tensor | slice, num_samples: int, names: frozenset[str] | None = None
