@@ -54,11 +54,20 @@ class RowWeights:
         """Whether they are weighted."""
         return self._weights is not None
 
-    def pick(self, batch: Any, indices: torch.Tensor, num_samples: int) -> Any:
-        """Takes the picks of M samples, and remembers them as they are."""
+    def pick(self, batch: Any, indices: torch.Tensor, num_samples: int, recorded: bool = True) -> Any:
+        """Takes the picks of M samples.
+
+        Args:
+            batch (Any): A batch of M samples.
+            indices (torch.Tensor): The picks, shape (n,).
+            num_samples (int): M.
+            recorded (bool, optional): Whether to remember them as they are, so that they are known again. Default:
+                ``True``.
+        """
         names = self.reader.names(batch, num_samples)
         picked = self.reader.take(batch, indices, num_samples, names)
-        self._picked = RowRecord.of(picked, len(indices), names, original=batch, indices=indices)
+        if recorded:
+            self._picked = RowRecord.of(picked, len(indices), names, original=batch, indices=indices)
         return picked
 
     def give(self, weights: torch.Tensor) -> None:

@@ -330,11 +330,12 @@ class Selector:
         picks = self._pick(candidates, num_picks)
         if isinstance(picks, WholeBatch):
             return picks
-        metrics = {**picks.metrics, **self.source.metrics}
+        measured = self.source.metrics
         if len(picks.indices) < left and candidates.has_gram and self._measures():
-            metrics.update(self._quality.see(candidates.gram, picks))
-        indices = picks.indices if candidates.rows is None else candidates.rows[picks.indices.cpu()]
-        return replace(picks, indices=indices, metrics=metrics)
+            measured = {**measured, **self._quality.see(candidates.gram, picks)}
+        if candidates.rows is not None:
+            picks = replace(picks, indices=candidates.rows[picks.indices.cpu()])
+        return replace(picks, metrics={**picks.metrics, **measured}) if measured else picks
 
     def _measures(self) -> bool:
         """Tells whether to compute K for the step's quality: always if the rule does, else in each tenth selection.

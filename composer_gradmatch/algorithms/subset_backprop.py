@@ -163,7 +163,7 @@ class SubsetBackprop(CopiedByArguments):
         if event is Event.AFTER_TRAIN_BATCH:
             return self.selector.source.serves
         if event is Event.BATCH_END:
-            return self._rows.has_picks or self._steps.is_late or self._decides
+            return self.minibatch is not None or self._rows.has_picks or self._steps.is_late or self._decides
         return False
 
     @property
@@ -378,8 +378,12 @@ class SubsetBackprop(CopiedByArguments):
     def _train_on(self, state: State, picks: Picks, num_samples: int) -> None:
         """Puts the picks in the batch's place."""
         self.last_selection, self.minibatch = picks, state.batch
+        size = state.device_train_microbatch_size
+        # Of picks without weights that stay one microbatch, nobody will ask which they are.
+        stay = size is not None and len(picks.indices) <= size and not state.auto_microbatching
+        recorded = picks.weights is not None or self.selector.store is not None or not stay
         with span("indexing"):
-            state.batch = self._rows.pick(state.batch, picks.indices, num_samples)
+            state.batch = self._rows.pick(state.batch, picks.indices, num_samples, recorded)
         self.selector.source.serve(state, picks)
         if picks.weights is not None:
             self._rows.give(state.device.tensor_to_device(picks.weights.float()))
