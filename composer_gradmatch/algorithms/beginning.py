@@ -7,11 +7,46 @@ from typing import Any
 
 from composer.core import State
 
-from composer_gradmatch.batches.numbering import numbered_samples
+from composer_gradmatch.batches.numbering import check_numbered, numbered_samples
 from composer_gradmatch.batches.sample_numbers import without_numbers
 from composer_gradmatch.candidates.stored import StoredLooks
 
-__all__ = ["numbers_are_there", "take_numbers_for_all"]
+__all__ = ["check_numbers", "numbers_are_there", "others_beside", "take_numbers_for_all"]
+
+
+def others_beside(algorithm: Any, state: State) -> list[Any]:
+    """Lists a Trainer's selecting algorithms of ours but one.
+
+    Args:
+        algorithm (SubsetBackprop): The one.
+        state (State): The Trainer's.
+    """
+    return [each for each in state.algorithms if hasattr(each, "selector") and each is not algorithm]
+
+
+def _stores_of(algorithms: Sequence[Any]) -> list[StoredLooks]:
+    """Lists the stores of those selecting algorithms that have one."""
+    return [each.selector.store for each in algorithms if each.selector.store is not None]
+
+
+def check_numbers(state: State, algorithms: Sequence[Any]) -> None:
+    """Raises at FIT_START if samples' numbers cannot be taken out of the batches.
+
+    Args:
+        state (State): At FIT_START.
+        algorithms (Sequence[SubsetBackprop]): All of the Trainer's.
+
+    Raises:
+        ValueError: If parts of the data set are numbered, or two algorithms read different items of a batch as numbers,
+            of which the first to be taken out would move the other.
+    """
+    check_numbered(state.dataloader)
+    keys = {store.numbering.key for store in _stores_of(algorithms)}
+    if len(keys) > 1 and any(isinstance(key, int) for key in keys):
+        raise ValueError(
+            f"the selecting algorithms' sample_id_keys are {', '.join(sorted(map(repr, keys)))}, which name different "
+            "items of a batch by their place. Give all of them the same."
+        )
 
 
 def numbers_are_there(state: State) -> bool:
@@ -19,15 +54,15 @@ def numbers_are_there(state: State) -> bool:
     return numbered_samples(state.dataloader) is not None
 
 
-def take_numbers_for_all(state: State, stores: Sequence[StoredLooks]) -> None:
-    """Takes the samples' numbers out of the batch, and gives them to the stores.
+def take_numbers_for_all(state: State, algorithms: Sequence[Any]) -> None:
+    """Takes the samples' numbers out of the batch, and gives them to the algorithms' stores.
 
     Args:
         state (State): On AFTER_DATALOADER.
-        stores (Sequence[StoredLooks]): Of all of the Trainer's selecting algorithms.
+        algorithms (Sequence[SubsetBackprop]): All of the Trainer's.
     """
     taken: list[tuple[Any, Any]] = []
-    for store in stores:
+    for store in _stores_of(algorithms):
         key = store.numbering.key
         numbers = next((each for other, each in taken if other == key), None)
         if numbers is None:

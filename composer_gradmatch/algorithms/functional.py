@@ -77,7 +77,7 @@ def select_using_gradient_matching(
     if keep == 1:
         return input, target, torch.ones(len(input), device=input.device)
     (scaled,) = scale_inputs((input,), 0, scale_factor)
-    with no_trace(model), eagerly():
+    with no_trace(model), eagerly(model):
         if output_layer is None:
             layer = observe_output_layer(model, scaled)
         else:

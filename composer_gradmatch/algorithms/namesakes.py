@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from composer.core import Algorithm
@@ -19,13 +19,16 @@ def namesakes_of(algorithm: Algorithm, algorithms: Sequence[Algorithm]) -> list[
     return alike if len(alike) > 1 else []
 
 
-def own_state(algorithm: Any, namesakes: Sequence[Any], state: dict[str, Any]) -> dict[str, Any]:
+def own_state(
+    algorithm: Any, namesakes: Sequence[Any], state: dict[str, Any], warn: Callable[[str], None]
+) -> dict[str, Any]:
     """Finds an algorithm's own state in what a checkpoint has under its name.
 
     Args:
         algorithm (SubsetBackprop): Whose.
         namesakes (Sequence[SubsetBackprop]): Those of its name in the Trainer, itself among them; empty for it alone.
         state (dict[str, Any]): That of one, or of several: see :func:`of_each`.
+        warn (Callable): Is told if there are several, and none is its own.
 
     Returns:
         dict[str, Any]: The state; empty if it has none.
@@ -37,7 +40,10 @@ def own_state(algorithm: Any, namesakes: Sequence[Any], state: dict[str, Any]) -
     alike = [each for each in namesakes if each.log_name == algorithm.log_name]
     place = next((place for place, each in enumerate(alike) if each is algorithm), 0)
     own = [each for each in states if each["log_name"] == algorithm.log_name]
-    return own[place] if place < len(own) else {}
+    if place < len(own):
+        return own[place]
+    warn(f"the checkpoint has no state of an algorithm with log_name={algorithm.log_name!r}: it begins anew.")
+    return {}
 
 
 def of_each(states: Sequence[dict[str, Any]]) -> dict[str, Any]:

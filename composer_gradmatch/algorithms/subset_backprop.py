@@ -11,8 +11,8 @@ from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 from composer.models import ComposerModel
 
+from composer_gradmatch.algorithms import beginning
 from composer_gradmatch.algorithms.apart import check_apart, selects_now
-from composer_gradmatch.algorithms.beginning import numbers_are_there, take_numbers_for_all
 from composer_gradmatch.algorithms.copies import CopiedByArguments
 from composer_gradmatch.algorithms.namesakes import namesakes_of, of_each, own_state
 from composer_gradmatch.algorithms.order import check_order, check_order_of_losses, check_unweighted_losses
@@ -138,7 +138,7 @@ class SubsetBackprop(CopiedByArguments):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned."""
-        state = own_state(self, self._namesakes, state)
+        state = own_state(self, self._namesakes, state, self._warn_once)
         self.batches_trained_whole = state.get("batches_trained_whole", 0)
         self._steps.load_state_dict(state)
         self.selector.load_state_dict(state)
@@ -153,7 +153,7 @@ class SubsetBackprop(CopiedByArguments):
             selects = self.selects and (not self.selector.rehearsed or self._is_scheduled(state))
             return takes_numbers or selects or self._steps.shows_picks
         if event is Event.EVAL_BATCH_START or event is Event.PREDICT_BATCH_START:
-            return numbers_are_there(state)
+            return beginning.numbers_are_there(state)
         if event is Event.BEFORE_FORWARD:
             return self._rows.has_picks or self._ranks.watches_step or self.selector.watches
         if event is Event.BEFORE_LOSS and self.selector.watches:
@@ -183,7 +183,8 @@ class SubsetBackprop(CopiedByArguments):
             self.ordered_first = False
         elif event is Event.FIT_START:
             self._reset_fit(state)
-            self._is_numbered, self._begun = numbers_are_there(state), -1
+            beginning.check_numbers(state, [self, *beginning.others_beside(self, state)])
+            self._is_numbered, self._begun = beginning.numbers_are_there(state), -1
             if self.selector.store is not None:
                 self.selector.store.begin_fit(state)
             self._check_schedule_and_order(state)
@@ -259,9 +260,8 @@ class SubsetBackprop(CopiedByArguments):
         batch = int(state.timestamp.batch)
         if self._begun == batch:
             return
-        others = [each for each in state.algorithms if isinstance(each, SubsetBackprop) and each is not self]
-        stores = [each.selector.store for each in (self, *others)]
-        take_numbers_for_all(state, [store for store in stores if store is not None])
+        others = beginning.others_beside(self, state)
+        beginning.take_numbers_for_all(state, [self, *others])
         for each in (self, *others):
             each._begun = batch
             each._scheduled = each.selects and each._is_scheduled(state)

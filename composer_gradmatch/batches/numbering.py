@@ -9,9 +9,15 @@ from typing import Any
 import torch
 
 from composer_gradmatch.batches.repeated_numbers import RepeatedNumbers
-from composer_gradmatch.batches.sample_numbers import NUMBER_KEY, NumberedSamples, has_numbers, take_numbers
+from composer_gradmatch.batches.sample_numbers import (
+    NUMBER_KEY,
+    NumberedSamples,
+    has_numbers,
+    parts_of,
+    take_numbers,
+)
 
-__all__ = ["Numbering", "numbered_samples"]
+__all__ = ["Numbering", "check_numbered", "numbered_samples"]
 
 
 def numbered_samples(dataloader: Any) -> NumberedSamples | None:
@@ -24,6 +30,24 @@ def numbered_samples(dataloader: Any) -> NumberedSamples | None:
     while dataset is not None and not isinstance(dataset, NumberedSamples):
         dataset = getattr(dataset, "dataset", None)
     return dataset
+
+
+def check_numbered(dataloader: Any) -> None:
+    """Raises if a data set is made of several whose samples are numbered, each from 0 on.
+
+    Args:
+        dataloader (Any): A run's.
+
+    Raises:
+        ValueError: If it is.
+    """
+    dataset = getattr(dataloader, "dataset", None)
+    if numbered_samples(dataloader) is None and any(isinstance(part, NumberedSamples) for part in parts_of(dataset)):
+        raise ValueError(
+            f"the data set ({type(dataset).__name__}) is made of several, and samples of a part have numbers, which "
+            "are not those of the whole. Number the outermost one, that the loader is given: "
+            "number_samples(ConcatDataset([a, b]))."
+        )
 
 
 class Numbering:

@@ -59,14 +59,18 @@ def take_numbers(item: Any) -> tuple[Any, Any]:
     return type(item)(item[:-1]), item[-1][NUMBER_KEY]
 
 
-def _parts_of(dataset: Any) -> Iterator[Any]:
-    """Goes through a data set and those that it is made of."""
+def parts_of(dataset: Any) -> Iterator[Any]:
+    """Goes through a data set and those that it is made of.
+
+    Args:
+        dataset (Any): A data set.
+    """
     yield dataset
     own = getattr(dataset, "__dict__", {})
     several = own.get("datasets")
     for part in (own.get("dataset"), *(several if isinstance(several, list | tuple) else ())):
         if part is not None:
-            yield from _parts_of(part)
+            yield from parts_of(part)
 
 
 class NumberedSamples(Dataset):
@@ -86,7 +90,7 @@ class NumberedSamples(Dataset):
                 f"number_samples needs a map-style data set, whose samples are found by their number; got "
                 f"{type(dataset).__name__}. If its samples have numbers of their own, name them by sample_id_key."
             )
-        if any(isinstance(part, NumberedSamples) for part in _parts_of(dataset)):
+        if any(isinstance(part, NumberedSamples) for part in parts_of(dataset)):
             raise ValueError(
                 f"the data set ({type(dataset).__name__}) has numbered samples in it already. Number the data set "
                 "once, the outermost one that the loader is given; a Subset of numbered samples keeps their numbers."
@@ -97,15 +101,17 @@ class NumberedSamples(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: Any) -> Any:
+    def _number(self, index: Any) -> int:
         number = int(index)
-        return _with_number(self.dataset[index], number + len(self) if number < 0 else number)
+        return number + len(self) if number < 0 else number
+
+    def __getitem__(self, index: Any) -> Any:
+        return _with_number(self.dataset[index], self._number(index))
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
         if hasattr(self.dataset, "__getitems__"):
-            return [
-                _with_number(item, int(i)) for i, item in zip(indices, self.dataset.__getitems__(indices), strict=True)
-            ]
+            items = self.dataset.__getitems__(indices)
+            return [_with_number(item, self._number(i)) for i, item in zip(indices, items, strict=True)]
         return [self[index] for index in indices]
 
     def __getattr__(self, name: str) -> Any:

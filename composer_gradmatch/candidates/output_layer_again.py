@@ -81,7 +81,11 @@ class OutputLayerAgain:
         if is_sharded(unwrap(state.model).modules()) or self._watched.sample_dim not in (None, 0):
             return False
         batch, few = self.selection_pass.few(state)
-        with self.selection_pass.no_trace(state), eagerly(), OutputLayerTap(self._layer(state)).open() as tap:
+        with (
+            self.selection_pass.no_trace(state),
+            eagerly(unwrap(state.model)),
+            OutputLayerTap(self._layer(state)).open() as tap,
+        ):
             outputs, losses = self.selection_pass.forward(state, copy_batch(batch), few)
             again = _made_of(tap.leaf.detach(), outputs)
             if again is None or not are_the_layers(outputs, tap.leaf):
@@ -89,7 +93,7 @@ class OutputLayerAgain:
             self._returns_mapping = isinstance(again, _Outputs)
             with torch.no_grad(), self.selection_pass.precision(state):
                 losses_again = self.selection_pass.losses_of(state, again, copy_batch(batch), few)
-        return bool(torch.allclose(losses.detach(), losses_again, rtol=1e-4, atol=1e-6))
+        return bool(torch.allclose(losses.detach(), losses_again, rtol=1e-4, atol=1e-6, equal_nan=True))
 
     def logits(self, state: State, inputs: torch.Tensor) -> torch.Tensor:
         """Computes the layer's output, without a graph.

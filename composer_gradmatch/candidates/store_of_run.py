@@ -117,8 +117,11 @@ class StoreOfRun:
         fits = unit == self.unit and all(
             name in parts and parts[name].shape[1] == width for name, width in widths.items()
         )
+        margins = None
         if "stamps" in parts and not fits:
-            if bool((parts["stamps"] >= 0).any()):
+            if not bool((parts["stamps"] >= 0).any()):
+                margins = parts["margins"]  # All that there is, once looks have been forgotten.
+            else:
                 self.selection_pass.warn(
                     "what was stored of the samples' looks is not what is needed now (refresh in another unit, other "
                     "suspects or store_limit, another rule or output layer): it is forgotten, and all samples are "
@@ -126,6 +129,8 @@ class StoreOfRun:
                 )
             self.store, self._restored = None, {}
         self.computes = can_compute and not (fits and "output_grads" in widths)
+        if margins is not None:
+            self.of(state).margins = margins
 
     def of(self, state: State) -> SampleStore:
         """Gives the store, and makes it if there is none."""

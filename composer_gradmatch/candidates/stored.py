@@ -62,6 +62,7 @@ class StoredLooks(Source):
         self.layer, self.selection_pass = two_passes.layer, two_passes.selection_pass
         self.refresh = check_refresh(refresh)
         self.training = TrainingLooks(self.selection_pass, self.layer)
+        two_passes.shows = self.training.compare
         self._again = OutputLayerAgain(self.selection_pass, self.layer)
         unit = self.refresh.unit.value
         self.kept = StoreOfRun(self.selection_pass, self.layer, self._again, unit, limit, device, suspects)
@@ -82,7 +83,7 @@ class StoredLooks(Source):
     def _forget_step(self) -> None:
         self.training.clear()
         self._looked_at, self._num_samples, self._left_out = 0, 1, 0
-        #: When the step looked, in the unit of the refresh.
+        #: When the step is made, in the unit of the refresh; 0 where it made no pass on this rank.
         self._time = 0
         self._seen: list[Seen] = []
         self._judged: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -128,7 +129,7 @@ class StoredLooks(Source):
         """Looks at what is due: see :class:`.Source`."""
         self.kept.follow_layer(state)
         store, numbers = self.kept.of(state), self._check_numbers(num_samples)
-        self._time = int(state.timestamp.get(self.refresh.unit).value)
+        self._time = self._now(state)
         due = store.due(numbers, self._time, int(self.refresh.value))
         rows = rows_to_look_at(state, due, store.stamps[numbers], self.selection_pass, self.rows_for_batch_norm)
         self._looked_at, self._num_samples = len(rows), num_samples
@@ -146,6 +147,9 @@ class StoredLooks(Source):
         if candidates is None:
             candidates = self._from_store(state, store, numbers)
         return candidates if self.suspects is None else self._without_suspects(state, store, candidates, numbers)
+
+    def _now(self, state: State) -> int:
+        return int(state.timestamp.get(self.refresh.unit).value)
 
     def _keep(self, store: SampleStore, candidates: Candidates, numbers: torch.Tensor) -> None:
         seen = Seen(numbers, candidates.losses)
@@ -231,6 +235,7 @@ class StoredLooks(Source):
 
     def see_forward(self, state: State) -> None:
         """Sees a microbatch before its forward pass: see :class:`.TrainingLooks`."""
+        self._time = self._now(state)  # Of a step that did not look, too.
         self.training.before_forward(state)
 
     def see_loss(self, state: State, rows: torch.Tensor | None) -> None:
@@ -251,14 +256,14 @@ class StoredLooks(Source):
         Args:
             state (State): At the end of a step, on all ranks.
         """
-        as_it_is = self.training.returned_as_it_is
-        looks, trained, judged = self._seen, self.training.end(), self._judged
+        computes = self.kept.computes, self.training.returned_as_it_is
+        looks, trained, judged, now = self._seen, self.training.end(), self._judged, self._time
         if dist.get_world_size() == 1:
-            everything: list[Any] = [([], trained, [], as_it_is)]
+            everything: list[Any] = [([], trained, [], computes, now)]
         else:
-            mine = [each.cpu() for each in looks], [each.cpu() for each in trained], judged, as_it_is
+            mine = [each.cpu() for each in looks], [each.cpu() for each in trained], judged, computes, now
             everything = dist.all_gather_object(mine)
-        store = self.kept.of(state)
+        store, now = self.kept.of(state), max(each[-1] for each in everything)
         if len(everything) > 1:
             for looked, seen_in_step, *_ in everything:
                 for seen in (*looked, *seen_in_step):
@@ -266,13 +271,15 @@ class StoredLooks(Source):
         for kind in (0, 1):  # What was trained on was seen last.
             for of_rank in everything:
                 for seen in of_rank[kind]:
-                    store.put(seen, self._time)
-        for _, _, margins, _ in everything:
+                    store.put(seen, now)
+        for _, _, margins, *_ in everything:
             for numbers, averages in margins:
                 store.margins[numbers] = averages
         self._seen, self._judged = [], []
         self.kept.warn_if_wide()
-        if self.kept.computes and not all(each for *_, each in everything):
+        # Each rank has found out by samples of its own whether P can be computed from H.
+        can = [both for *_, both, _ in everything]
+        if any(computes for computes, _ in can) and not all(map(all, can)):
             self.kept.compute_no_more(state)
 
     def state_dict(self) -> dict[str, Any]:

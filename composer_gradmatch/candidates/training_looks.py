@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from composer.core import State
 
@@ -20,6 +22,8 @@ __all__ = ["TrainingLooks"]
 
 class TrainingLooks:
     """Watches the microbatches of a training step; of a compiled model, which a hook would compile anew, no layer.
+
+    It is shown the passes of looks, too, for :attr:`returned_as_it_is`.
 
     Args:
         selection_pass (SelectionPass): Knows the samples' losses.
@@ -43,8 +47,17 @@ class TrainingLooks:
 
     @property
     def returned_as_it_is(self) -> bool:
-        """Whether the model has returned the layer's output as it is in all of the step."""
+        """Whether the model has returned the layer's output as it is in all of the step, and in its look."""
         return all(map(bool, self._as_it_is))
+
+    def compare(self, outputs: Any, output: torch.Tensor) -> None:
+        """Takes note of whether the model has returned the layer's output as it is, in a pass of a look.
+
+        Args:
+            outputs (Any): What the model returned.
+            output (torch.Tensor): The layer's output.
+        """
+        self._as_it_is.append(are_the_layers(outputs, output))
 
     def _close(self) -> None:
         if self._watch is not None:

@@ -79,6 +79,8 @@ class TwoPasses(Source):
     def __init__(self, selection_pass: SelectionPass, layer: WatchedLayer | None = None) -> None:
         super().__init__(selection_pass.reader)
         self.selection_pass, self.layer = selection_pass, layer
+        #: Shown what the model returned, and its output layer's output, in each pass that looks at gradients.
+        self.shows: Callable[[Any, torch.Tensor], None] | None = None
         #: Tells what the steps of a rule that looks at losses are worth; None for one that looks at gradients.
         self.gauge = Gauge(selection_pass) if layer is None else None
 
@@ -122,8 +124,10 @@ class TwoPasses(Source):
         self, state: State, layer: WatchedLayer, batch: Any, n: int, num_samples: int
     ) -> tuple[LayerGradients, torch.Tensor]:
         try:
-            with eagerly(), layer.tap(state).open() as tap:
+            with eagerly(unwrap(state.model)), layer.tap(state).open() as tap:
                 outputs, losses = self.selection_pass.forward(state, batch, n)
+                if self.shows is not None:
+                    self.shows(outputs, tap.leaf)
                 with span("output_gradients"):
                     inputs, grads = tap.inputs_and_grads(losses)
                 losses = losses.detach()
@@ -157,7 +161,7 @@ class TwoPasses(Source):
             with (
                 self.selection_pass.no_trace(state),
                 normalised_by_running_statistics(unwrap(state.model)),
-                eagerly(),
+                eagerly(unwrap(state.model)),
                 OutputLayerTap(layer, sample_dim=watched.sample_dim).open() as tap,
             ):
                 part = self.selection_pass.reader.copy_of(batch, samples, num_samples)

@@ -80,7 +80,7 @@ class WatchedLayer:
         if self._layer is None:
             batch, _ = self.selection_pass.few(state)
             batch = self.selection_pass.scaled(batch)
-            with no_trace(model), self.selection_pass.precision(state), eagerly():
+            with no_trace(model), self.selection_pass.precision(state), eagerly(model):
                 if self.chosen is None:
                     self._layer = observe_output_layer(model, batch)
                 else:

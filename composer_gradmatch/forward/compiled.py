@@ -13,14 +13,18 @@ from composer_gradmatch.forward.torch_private import has_compiler, runs_compiled
 __all__ = ["eagerly", "is_compiled"]
 
 
-def eagerly() -> AbstractContextManager[object]:
-    """Lets what is compiled run as it is written, and compiles nothing, while the context is open.
+def eagerly(model: nn.Module) -> AbstractContextManager[object]:
+    """Lets a compiled model run as it is written, and compiles nothing, while the context is open.
 
     TorchDynamo keeps a few graphs of each function, for each kind of input one; what comes once they are full runs
     uncompiled for good. A pass that watches a layer would take places in each step, since its hooks are others each
-    time, and leave none for the training step.
+    time, and leave none for the training step. A model that is not compiled is left alone, since it may call functions
+    that are, and must be (``flex_attention``).
+
+    Args:
+        model (nn.Module): As the pass calls it.
     """
-    return torch.compiler.set_stance("force_eager") if has_compiler() else nullcontext()
+    return torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
 
 
 def is_compiled(model: nn.Module) -> bool:

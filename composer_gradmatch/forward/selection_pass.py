@@ -238,9 +238,10 @@ class SelectionPass:
         Raises:
             ValueError: If it fails on inputs that were scaled down, or by an index that is out of range.
         """
+        model = unwrap(state.model)
         try:
-            with nullcontext() if self.rehearsed else eagerly():
-                return unwrap(state.model)(batch)
+            with nullcontext() if self.rehearsed else eagerly(model):
+                return model(batch)
         except RuntimeError as error:
             if self.scale_factor == 1 or isinstance(error, torch.OutOfMemoryError) or is_from_cuda(error):
                 raise

@@ -114,6 +114,26 @@ def test_data_are_numbered_once():
             number_samples(outer)
 
 
+@pytest.mark.parametrize("refresh", [None, "1ep"])
+def test_data_of_numbered_parts_are_refused(refresh):
+    """Each part counts from 0."""
+    parts = [number_samples(MLP.data(N)) for _ in range(2)]
+    train = DataLoader(ConcatDataset(parts), BATCH, collate_fn=parts[0].collate_fn)
+    with pytest.raises(ValueError, match="Number the outermost one"):
+        fitted([GradMatch(**ON, keep=0.3, refresh=refresh)], train)
+
+
+def test_two_that_read_numbers_at_other_places_are_refused():
+    early, late = {"start": 0.0, "end": 0.5}, {"start": 0.5, "end": 1.0}
+    algorithms = [
+        LossBackprop(**early, interrupt=0, keep=0.3, refresh="2ep", sample_id_key=2),
+        GradMatch(**late, interrupt=0, keep=0.3, refresh="2ep", sample_id_key=-1),
+    ]
+    data = Identified(lambda i: i)
+    with pytest.raises(ValueError, match="name different items of a batch by their place"):
+        fitted(algorithms, DataLoader(data, BATCH))
+
+
 class Identified(TensorDataset):
     """Samples with numbers of their own, made by a function of their places."""
 

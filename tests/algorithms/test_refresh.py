@@ -217,12 +217,14 @@ class Behind(nn.Module):
         return self.behind(self.head(self.body(inputs)))
 
 
-def losses_that_were_seen(behind, *, suspects=False, before_batch=lambda state: None):
+def losses_that_were_seen(behind, *, suspects=False, refresh="9ep", compiled=False, before_batch=lambda state: None):
     """Trains a model that stands still; gives what each step's rule saw, and what the samples' losses were."""
     torch.manual_seed(0)
     model = ComposerClassifier(Behind(behind), num_classes=5)
+    if compiled:
+        model.module.compile(backend="eager")
     data = MLP.data(N)
-    algorithm = GradMatch(**ON, keep=0.3, refresh="9ep", output_layer="module.head", suspects=suspects)
+    algorithm = GradMatch(**ON, keep=0.3, refresh=refresh, output_layer="module.head", suspects=suspects)
     look, seen = algorithm.selector.source.look, []
 
     def noting(state, num_samples):
@@ -264,6 +266,21 @@ def test_what_a_model_begins_to_do_behind_its_output_layer_is_seen_in_the_step(i
     for step, (found, expected) in enumerate(seen):
         if step != 4:
             torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_what_a_compiled_model_begins_to_do_is_seen_in_the_next_look():
+    scale = [1.0]
+
+    def before_batch(state):
+        scale[0] = 1.0 if int(state.timestamp.batch) < 4 else 3.0
+
+    with pytest.warns(UserWarning, match="begun to make something else"):
+        seen, store = losses_that_were_seen(
+            lambda logits: logits * scale[0], refresh="2ep", compiled=True, before_batch=before_batch
+        )
+    assert store.keeps_grads
+    for found, expected in seen[6:]:
+        torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
 
 
 def test_an_output_layer_that_is_replaced_by_another_begins_a_new_store():

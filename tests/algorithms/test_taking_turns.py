@@ -139,6 +139,15 @@ def test_a_checkpoint_of_one_is_taken_by_the_one_that_it_is_of(tmp_path):
     assert both[1].selector.store.state_dict()
 
 
+def test_an_algorithm_without_a_state_of_its_own_in_a_checkpoint_is_told_of(tmp_path):
+    options = {"keep": 0.3, "refresh": "9ep"}
+    both = [RuleBackprop("top_loss", **EARLY, **options), RuleBackprop("grand", **LATE, **options)]
+    trainer_of(both, run_name="r", save_folder=str(tmp_path), max_duration="2ep").fit()
+    path = str(next(tmp_path.glob("ep2-*.pt")))
+    with pytest.warns(UserWarning, match="no state of an algorithm with log_name='el2n': it begins anew"):
+        trainer_of([RuleBackprop("el2n", **EARLY, **options)], load_path=path)
+
+
 def test_the_log_is_of_all_that_select(tmp_path):
     algorithms = [RandomBackprop(**EARLY, keep=0.25), GradMatch(**LATE, keep=0.3, refresh="1ep")]
     trainer_of(algorithms, callbacks=[SelectionLog(str(tmp_path))]).fit()

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from composer_gradmatch import number_samples
 from composer_gradmatch.batches.numbering import Numbering
-from composer_gradmatch.batches.sample_numbers import NUMBER_KEY
+from composer_gradmatch.batches.sample_numbers import NUMBER_KEY, take_numbers
 
 Pair = namedtuple("Pair", "x y")
 FORMS = {
@@ -139,3 +139,14 @@ def test_other_data_than_in_the_last_fit_are_noticed():
     assert not numbering.has_changed, "they are the same samples"
     numbering.find(DataLoader(number_samples(Samples(FORMS["tuple"]))))
     assert numbering.has_changed
+
+
+def test_samples_that_are_fetched_together_and_from_the_end_have_their_numbers_too():
+    class Fetched(Samples):
+        def __getitems__(self, indices):
+            return [self[index % 10] for index in indices]
+
+    numbered = number_samples(Fetched(FORMS["tensor"]))
+    items = numbered.__getitems__([-1, 3, -10])
+    assert [int(take_numbers(item)[1]) for item in items] == [9, 3, 0]
+    assert [float(take_numbers(item)[0]) for item in items] == [9.0, 3.0, 0.0]

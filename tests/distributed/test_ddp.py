@@ -67,6 +67,15 @@ def test_all_ranks_store_what_each_has_seen_as_one_process_would(folder):
     assert set(one["stamps"].tolist()) <= {0, 1, 2}
 
 
+def test_what_one_ranks_samples_show_of_the_model_is_so_for_all(folder):
+    """Else one would keep P that the others compute, beside rows of H that are newer."""
+    one, other = (torch.load(folder / f"disagreed{rank}.pt") for rank in range(2))
+    assert "output_grads" in one
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], equal_nan=True, rtol=0, atol=0)
+
+
 def test_the_log_of_who_was_picked_is_of_both_ranks(folder):
     trained = [torch.load(folder / f"trained{rank}.pt") for rank in range(2)]
     inputs = CONV.data(25).tensors[0][:, 0, 0, 0]

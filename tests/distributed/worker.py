@@ -72,6 +72,29 @@ def store(folder):
     torch.save(algorithm.selector.store.store.state_dict(), folder / f"store{dist.get_global_rank()}.pt")
 
 
+class Capped(torch.nn.Module):
+    """Caps logits that only rank 1's first samples have."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.caps = module, dist.get_global_rank() == 1
+
+    def forward(self, inputs):
+        logits = self.module(inputs)
+        return logits * 0.5 if self.caps else logits
+
+
+def disagree(folder):
+    """What is stored where one rank's samples alone show that losses do not follow from the output layer's output."""
+    algorithm = GradMatch(start=0.0, end=1.0, keep=0.2, interrupt=0, refresh="2ep", output_layer="module.module.4")
+    model, data = CONV.model(), number_samples(CONV.data(48))
+    model.module = Capped(model.module)
+    train = DataLoader(data, 12, sampler=dist.get_sampler(data, shuffle=True), collate_fn=data.collate_fn)
+    after_first_look = On(Event.BEFORE_TRAIN_BATCH, lambda state: setattr(model.module, "caps", False))
+    make_trainer(model, train, [algorithm, after_first_look], max_duration="3ep", lr=0.0).fit()
+    torch.save(algorithm.selector.store.store.state_dict(), folder / f"disagreed{dist.get_global_rank()}.pt")
+
+
 def log_picks(folder):
     """The log of two epochs, pictures, and what each rank has trained on: a sample's first input, and its weight."""
     dataset, trained = number_samples(CONV.data(25)), []  # One sample is there twice, to fill the ranks up.
@@ -97,4 +120,5 @@ if __name__ == "__main__":
         make_step(Path(sys.argv[1]) / str(number), *case)
     decide(Path(sys.argv[1]))
     store(Path(sys.argv[1]))
+    disagree(Path(sys.argv[1]))
     log_picks(Path(sys.argv[1]))

@@ -135,7 +135,9 @@ class OnRay:
                 errors.append(_lines(error)[0])
                 _append(log, f"The run's worker died: {errors[-1]}\n")
                 continue
-            except exceptions.RayTaskError as error:  # It did not come as far as the run.
+            except exceptions.TaskCancelledError:
+                raise
+            except exceptions.RayError as error:  # It did not come as far as the run.
                 _append(log, str(error))
                 return died(run, _lines(error)[-1], time.perf_counter() - begun)
             _append(log, printed)
