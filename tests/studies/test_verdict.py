@@ -8,6 +8,7 @@ import pytest
 from made_up_training import SECONDS, MadeUp, ask
 
 from composer_gradmatch.studies.verdict.bounds import LOOKS
+from composer_gradmatch.studies.verdict.report import gaps_of_random
 from composer_gradmatch.studies.verdict.trial import FULL, Outcome, Trial
 from composer_gradmatch.train.config import ConfigError
 
@@ -147,6 +148,20 @@ def test_a_strategy_that_fails_in_every_run_is_told_and_the_others_go_on():
     assert (failed["against_full"], failed["error"]) == ("failed", "ValueError: as told")
     nothing = ask(MadeUp(KNOWN, fails=list(KNOWN)))
     assert nothing.answer.sentence.startswith("Keep the full batch: no candidate could be trained with")
+
+
+def test_a_curve_of_random_that_is_a_long_line_at_a_candidates_cost_is_told_of():
+    def each(strategy, keep, cost, compared=True):
+        cost = None if cost is None else {"mean": cost, "low": cost, "high": cost}
+        return {"strategy": strategy, "keep": keep, "cost": cost, "minus_random": {} if compared else None}
+
+    random = [each("random", 0.1, 0.24, False), each("random", 0.5, None, False)]
+    near, far = each("gradmatch", 0.1, 0.64), each("loss", 0.1, 0.2)
+    (note,) = gaps_of_random([*random, near, far])
+    assert "At the cost of gradmatch at keep 0.1, 0.64, random was not measured" in note
+    assert "from random at keep 0.1 (cost 0.24) to the full batch (cost 1.00)" in note
+    assert "--keep 0.6" in note
+    assert gaps_of_random([*random, each("random", 0.3, 0.55, False), near, far]) == []
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from composer_gradmatch.studies.statistics import Difference
@@ -13,7 +14,10 @@ from composer_gradmatch.studies.verdict.figures import draw_curves, draw_frontie
 from composer_gradmatch.studies.verdict.headroom import CHEAP
 from composer_gradmatch.studies.verdict.progress import in_words
 
-__all__ = ["report_verdict"]
+__all__ = ["gaps_of_random", "report_verdict"]
+
+#: From what ratio of costs on a line between two points of random's curve is called long.
+_FAR = 2.0
 
 
 def report_verdict(store: Store, name: str) -> list[str]:
@@ -101,8 +105,34 @@ def _candidates(found: dict[str, Any]) -> list[str]:
         "candidate's cost.",
         "",
     ]
-    failed = [f"- {_named(each)} failed: {each['error']}" for each in found["candidates"] if each["error"]]
-    return [*lines, *failed, *([""] if failed else [])]
+    notes = [f"- {_named(each)} failed: {each['error']}" for each in found["candidates"] if each["error"]]
+    notes += gaps_of_random(found["candidates"])
+    return [*lines, *notes, *([""] if notes else [])]
+
+
+def gaps_of_random(candidates: Sequence[dict[str, Any]]) -> list[str]:
+    """Says where random's curve, at the cost of a candidate, is a line between points that are far apart.
+
+    Args:
+        candidates (Sequence[dict[str, Any]]): As in ``verdict.json``.
+    """
+    points = [
+        (each["cost"]["mean"], _named(each)) for each in candidates if each["strategy"] == "random" and each["cost"]
+    ]
+    points = sorted([*points, (1.0, "the full batch")])
+    notes = []
+    for each in candidates:
+        if each["minus_random"] is None or each["cost"] is None:
+            continue
+        cost = each["cost"]["mean"]
+        below, above = ([p for p in points if p[0] <= cost], [p for p in points if p[0] > cost])
+        if below and above and above[0][0] > _FAR * below[-1][0]:
+            notes.append(
+                f"- At the cost of {_named(each)}, {cost:.2f}, random was not measured: its curve is a line from "
+                f"{below[-1][1]} (cost {below[-1][0]:.2f}) to {above[0][1]} (cost {above[0][0]:.2f}), and may lie below "
+                f"what random reaches there. Add --keep {cost:.1g} to know."
+            )
+    return notes
 
 
 def _times(found: dict[str, Any]) -> list[str]:
