@@ -129,8 +129,8 @@ def gaps_of_random(candidates: Sequence[dict[str, Any]]) -> list[str]:
         if below and above and above[0][0] > _FAR * below[-1][0]:
             notes.append(
                 f"- At the cost of {_named(each)}, {cost:.2f}, random was not measured: its curve is a line from "
-                f"{below[-1][1]} (cost {below[-1][0]:.2f}) to {above[0][1]} (cost {above[0][0]:.2f}), and may lie below "
-                f"what random reaches there. Add --keep {cost:.1g} to know."
+                f"{below[-1][1]} (cost {below[-1][0]:.2f}) to {above[0][1]} (cost {above[0][0]:.2f}), and may lie "
+                f"below what random reaches there. Add --keep {cost:.1g} to know."
             )
     return notes
 
